@@ -1,0 +1,131 @@
+"""Which backend runs a request, and why not the others: one table, asked by everyone."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# In order of preference; `reference` can always run.
+ORDER = ("native", "reference")
+# `torch` is torch.nn's own path: functional hands the whole stack over to it.
+NAMES = (*ORDER, "torch")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the choice depends on. Sizes decide only whether torch's own path is faster."""
+
+    cell: str
+    dtype: torch.dtype
+    device_type: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen, and per backend that was not, the reason."""
+
+    backend: str
+    why: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.why}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.why_not.items()]
+        return "\n".join(lines)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the request."""
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend of ORDER."""
+    return import_module(f"{__package__}.{name}")
+
+
+def _checked(name: str | None) -> str | None:
+    if name is None or name == "auto":
+        return None
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or auto, got {name!r}")
+    return name
+
+
+_requested: str | None = _checked(os.environ.get("FUSEDRNN_BACKEND") or None)
+
+
+def requested() -> str | None:
+    """The backend asked for by `use_backend` or FUSEDRNN_BACKEND; None means automatic."""
+    return _requested
+
+
+class use_backend:
+    """Ask for one backend: ``native``, ``reference``, ``torch``, or ``auto`` for the table's choice.
+
+    Takes effect at once, for the process; used in a ``with`` statement it is undone at the end.
+    A request that the backend cannot run raises :class:`BackendError` with the reason.
+
+    Raises:
+        ValueError: the name is not a backend.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = _checked(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def against(name: str, request: Request) -> str | None:
+    """Why a backend cannot run a request; None if it can."""
+    if name == "torch":
+        return None
+    backend = get(name)
+    return backend.unavailable() or backend.unsupported(request.cell, request.dtype, request.device_type)
+
+
+@cache
+def _table(request: Request, wanted: str | None) -> Choice:
+    if wanted is not None:
+        reason = against(wanted, request)
+        if reason is not None:
+            raise BackendError(f"backend {wanted!r} was asked for and cannot run this: {reason}")
+        return Choice(wanted, "asked for by use_backend or FUSEDRNN_BACKEND", {})
+    why_not: dict[str, str] = {}
+    for name in ORDER:
+        reason = against(name, request)
+        if reason is None:
+            return Choice(name, "the first of the table that can run this", why_not)
+        why_not[name] = reason
+    raise BackendError("; ".join(f"{name}: {reason}" for name, reason in why_not.items()))
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def choose(request: Request) -> Choice:
+    """The table's answer. Warns once per reason when nothing fused can run the request.
+
+    Raises:
+        BackendError: a backend was asked for and cannot run the request.
+    """
+    choice = _table(request, _requested)
+    if choice.backend == "reference" and _requested is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.why_not.items())
+        _say_once(f"fusedrnn runs its reference path, which is slow ({reasons})")
+    return choice

@@ -1,0 +1,292 @@
+"""The torch.library operators `fusedrnn::layer` and `fusedrnn::layer_backward`: schemas, launches,
+fakes, and autograd of every order. This is what torch.compile and torch.export record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import reference, select
+from .cells import CELLS
+
+Grads = list[Tensor | None]
+
+_lib = torch.library.Library("fusedrnn", "DEF")
+# Lists are flat so that one schema serves every cell: layer returns
+# [output, *last_states, *saved]; layer_backward returns one gradient per
+# [input, *weights, *states], an empty tensor where `needs` is false.
+_lib.define(
+    "layer(Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor[] states, str cell,"
+    " int directions, bool save, str backend) -> Tensor[]"
+)
+_lib.define(
+    "layer_backward(Tensor? grad_output, Tensor[] grad_last, Tensor input, Tensor? batch_sizes,"
+    " Tensor[] weights, Tensor[] states, Tensor output, Tensor[] saved, str cell, int directions,"
+    " str backend, bool[] needs) -> Tensor[]"
+)
+
+
+def split(flat: Sequence[Any], weights: int) -> tuple[Any, list[Any], list[Any]]:
+    return flat[0], list(flat[1 : 1 + weights]), list(flat[1 + weights :])
+
+
+# ---- launches ----------------------------------------------------------------------------------
+
+
+def launch_forward(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cell: str,
+    directions: int,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return select.get(backend).forward(
+        cell,
+        input.contiguous(),
+        batch_sizes,
+        [w.contiguous() for w in weights],
+        [s.contiguous() for s in states],
+        directions,
+        save,
+    )
+
+
+def launch_backward(
+    grad_output: Tensor | None,
+    grad_last: Sequence[Tensor | None],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    output: Tensor,
+    saved: Sequence[Tensor],
+    cell: str,
+    directions: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> Grads:
+    grad_input, grad_weights, grad_states = select.get(backend).backward(
+        cell,
+        input.contiguous(),
+        batch_sizes,
+        [w.contiguous() for w in weights],
+        [s.contiguous() for s in states],
+        directions,
+        output,
+        saved,
+        None if grad_output is None else grad_output.contiguous(),
+        [None if g is None else g.contiguous() for g in grad_last],
+        split(needs, len(weights)),
+    )
+    return [grad_input, *grad_weights, *grad_states]
+
+
+def _layer_impl(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: list[Tensor],
+    states: list[Tensor],
+    cell: str,
+    directions: int,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    output, last, saved = launch_forward(input, batch_sizes, weights, states, cell, directions, save, backend)
+    return [output, *last, *saved]
+
+
+def _layer_backward_impl(
+    grad_output: Tensor | None,
+    grad_last: list[Tensor],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: list[Tensor],
+    states: list[Tensor],
+    output: Tensor,
+    saved: list[Tensor],
+    cell: str,
+    directions: int,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    grads = launch_backward(
+        grad_output, grad_last, input, batch_sizes, weights, states, output, saved, cell, directions,
+        backend, needs,
+    )  # fmt: skip
+    return [
+        (input.new_empty(0) if not need else torch.zeros_like(like) if grad is None else grad)
+        for grad, need, like in zip(grads, needs, (input, *weights, *states))
+    ]
+
+
+_lib.impl("layer", _layer_impl, "CompositeExplicitAutograd")
+_lib.impl("layer_backward", _layer_backward_impl, "CompositeExplicitAutograd")
+
+
+# ---- fakes -------------------------------------------------------------------------------------
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fusedrnn::layer", lib=_lib)
+def _layer_fake(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: list[Tensor],
+    states: list[Tensor],
+    cell: str,
+    directions: int,
+    save: bool,
+    backend: str,
+) -> list[Tensor]:
+    rows = input.shape[:-1]
+    proj = len(weights) // directions in (3, 5)
+    hidden = weights[0].shape[0] // len(CELLS[cell].gates)
+    output = input.new_empty((*rows, directions * states[0].shape[-1]))
+    last = [s.new_empty(s.shape) for s in states]
+    saved = []
+    if save:
+        n = rows[0] if len(rows) == 1 else rows[0] * rows[1]
+        shapes = select.get(backend).saved_shapes(cell, directions, n, hidden, proj)
+        saved = [input.new_empty(shape, dtype=_accumulation(input.dtype)) for shape in shapes]
+    return [output, *last, *saved]
+
+
+@torch.library.register_fake("fusedrnn::layer_backward", lib=_lib)
+def _layer_backward_fake(
+    grad_output: Tensor | None,
+    grad_last: list[Tensor],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: list[Tensor],
+    states: list[Tensor],
+    output: Tensor,
+    saved: list[Tensor],
+    cell: str,
+    directions: int,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    return [
+        like.new_empty(like.shape) if need else input.new_empty(0)
+        for like, need in zip((input, *weights, *states), needs)
+    ]
+
+
+# ---- autograd of the operators -----------------------------------------------------------------
+
+
+def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, batch_sizes, weights, states, ctx.cell, ctx.directions, ctx.save, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.counts = len(weights), len(states)
+    ctx.batch_sizes = batch_sizes
+    saved = output[1 + len(states) :]
+    ctx.save_for_backward(input, *weights, *states, output[0], *saved)
+
+
+def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    n_weights, n_states = ctx.counts
+    flat = ctx.saved_tensors
+    input, weights, rest = split(flat, n_weights)
+    states, output, saved = rest[:n_states], rest[n_states], rest[n_states + 1 :]
+    if not ctx.save:  # recorded without gradients in mind: make the saved tensors now
+        *_, saved = call_layer(
+            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, True, ctx.backend
+        )
+    grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grads[1 : 1 + n_states])]
+    needs = _needs(ctx, n_weights, n_states)
+    found = torch.ops.fusedrnn.layer_backward(
+        grads[0], grad_last, input, ctx.batch_sizes, weights, states, output, saved, ctx.cell,
+        ctx.directions, ctx.backend, needs,
+    )  # fmt: skip
+    kept = [g if need else None for g, need in zip(found, needs)]
+    grad_input, grad_weights, grad_states = split(kept, n_weights)
+    return grad_input, None, grad_weights, grad_states, None, None, None, None
+
+
+def call_layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cell: str,
+    directions: int,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    out = torch.ops.fusedrnn.layer(
+        input, batch_sizes, list(weights), list(states), cell, directions, save, backend
+    )
+    return out[0], list(out[1 : 1 + len(states)]), list(out[1 + len(states) :])
+
+
+def _needs(ctx: Any, n_weights: int, n_states: int) -> list[bool]:
+    needs = ctx.needs_input_grad
+    # register_autograd nests the flags of a list argument
+    return [bool(needs[0]), *map(bool, needs[2]), *map(bool, needs[3])]
+
+
+def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad_output, grad_last, input, batch_sizes, weights, states = inputs[:6]
+    ctx.cell, ctx.directions, ctx.op_needs = inputs[8], inputs[9], inputs[11]
+    ctx.set_materialize_grads(False)
+    ctx.batch_sizes = batch_sizes
+    ctx.counts = len(weights), len(states), len(inputs[7])
+    ctx.has_grad_output = grad_output is not None
+    head = (grad_output,) if grad_output is not None else ()
+    ctx.save_for_backward(*head, *grad_last, input, *weights, *states)
+
+
+def _layer_backward_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Second order, by the reference: differentiate its first-order gradient."""
+    n_weights, n_states, n_saved = ctx.counts
+    flat = list(ctx.saved_tensors)
+    with torch.enable_grad():
+        # Aliases, so that only the direct dependence on each argument counts even where one
+        # argument was computed from another, and so that the third order reaches the originals.
+        alias = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in flat]
+        head = alias[:1] if ctx.has_grad_output else []
+        grad_last = alias[len(head) : len(head) + n_states]
+        input, weights, states = split(alias[len(head) + n_states :], n_weights)
+        output, last = reference.layer(ctx.cell, input, ctx.batch_sizes, weights, states, ctx.directions)
+        first_in = [t for t, need in zip((input, *weights, *states), ctx.op_needs) if need]
+        first = torch.autograd.grad(
+            [*([output] if head else []), *last], first_in, [*head, *grad_last], create_graph=True
+        )
+        kept = [(f, g) for f, g in zip(first, [g for g, n in zip(grads, ctx.op_needs) if n]) if g is not None]
+        found: list[Tensor | None] = [None] * len(alias)
+        if kept:
+            found = list(
+                torch.autograd.grad(
+                    [f for f, _ in kept], alias, [g for _, g in kept],
+                    create_graph=torch.is_grad_enabled() and any_grad(flat, grads),
+                    allow_unused=True,
+                )
+            )  # fmt: skip
+    grad_head = found[0] if head else None
+    n_head = len(head)
+    grad_input, grad_weights, grad_states = split(found[n_head + n_states :], n_weights)
+    return (
+        grad_head, found[n_head : n_head + n_states], grad_input, None, grad_weights, grad_states,
+        None, [None] * n_saved, None, None, None, None,
+    )  # fmt: skip
+
+
+def any_grad(*groups: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.requires_grad for group in groups for t in group)
+
+
+torch.library.register_autograd("fusedrnn::layer", _layer_grad, setup_context=_layer_setup, lib=_lib)
+torch.library.register_autograd(
+    "fusedrnn::layer_backward", _layer_backward_grad, setup_context=_layer_backward_setup, lib=_lib
+)

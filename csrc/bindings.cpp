@@ -1,0 +1,155 @@
+// fusedrnn._C: raw pointers as integers, nothing of torch. Callers have validated everything;
+// shapes of the pointers are in cpu/scan.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace fusedrnn;
+
+namespace {
+
+template <class P>
+P* pointer(const py::handle& address) {
+  return reinterpret_cast<P*>(PyLong_AsSize_t(address.ptr()));
+}
+
+int64_t integer(const py::handle& value) { return PyLong_AsLongLong(value.ptr()); }
+
+// (T, B, H, P, N, batch_sizes), the first fields of a direction.
+Shape read_shape(const py::tuple& t) {
+  return {integer(t[0]), integer(t[1]), integer(t[2]),
+          integer(t[3]), integer(t[4]), pointer<const int64_t>(t[5])};
+}
+
+// A direction comes as one tuple in the order of the struct's fields: parsing named arguments
+// would cost more than a short scan.
+template <class T>
+void read(const py::tuple& t, ForwardDirection<T>& d) {
+  if (t.size() != 18) throw std::invalid_argument("forward: a direction has 18 fields");
+  d.shape = read_shape(t);
+  d.reverse = integer(t[6]) != 0;
+  d.x_gates = pointer<const T>(t[7]);
+  d.weight_hh = pointer<const T>(t[8]);
+  d.bias_hh = pointer<const T>(t[9]);
+  d.weight_hr = pointer<const T>(t[10]);
+  d.output = pointer<T>(t[11]);
+  d.output_stride = integer(t[12]);
+  d.state0 = pointer<T>(t[13]);
+  d.state1 = pointer<T>(t[14]);
+  d.gates = pointer<T>(t[15]);
+  d.extra = pointer<T>(t[16]);
+  d.raw = pointer<T>(t[17]);
+}
+
+template <class T>
+void read(const py::tuple& t, BackwardDirection<T>& d) {
+  if (t.size() != 22) throw std::invalid_argument("backward: a direction has 22 fields");
+  d.shape = read_shape(t);
+  d.reverse = integer(t[6]) != 0;
+  d.weight_hh = pointer<const T>(t[7]);
+  d.weight_hr = pointer<const T>(t[8]);
+  d.gates = pointer<const T>(t[9]);
+  d.extra = pointer<const T>(t[10]);
+  d.output = pointer<const T>(t[11]);
+  d.output_stride = integer(t[12]);
+  d.initial0 = pointer<const T>(t[13]);
+  d.initial1 = pointer<const T>(t[14]);
+  d.d_output = pointer<const T>(t[15]);
+  d.d_output_stride = integer(t[16]);
+  d.d_state0 = pointer<T>(t[17]);
+  d.d_state1 = pointer<T>(t[18]);
+  d.d_x_gates = pointer<T>(t[19]);
+  d.d_split = pointer<T>(t[20]);
+  d.d_hidden = pointer<T>(t[21]);
+}
+
+template <class Direction, class Run>
+void scan(int cell, int threads, const py::args& directions, Run run) {
+  if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell: unknown index");
+  const int count = static_cast<int>(directions.size());
+  if (count != 1 && count != 2) throw std::invalid_argument("directions: expected 1 or 2");
+  Direction d[2] = {};
+  for (int i = 0; i < count; ++i) read(py::reinterpret_borrow<py::tuple>(directions[i]), d[i]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  const Kernels& k = kernels();
+  py::gil_scoped_release release;
+  run(k, cell, d, count, threads);
+}
+
+void forward(int cell, bool f64, int threads, const py::args& directions) {
+  if (f64) {
+    scan<ForwardDirection<double>>(cell, threads, directions, run_forward<double>);
+  } else {
+    scan<ForwardDirection<float>>(cell, threads, directions, run_forward<float>);
+  }
+}
+
+void backward(int cell, bool f64, int threads, const py::args& directions) {
+  if (f64) {
+    scan<BackwardDirection<double>>(cell, threads, directions, run_backward<double>);
+  } else {
+    scan<BackwardDirection<float>>(cell, threads, directions, run_backward<float>);
+  }
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fusedrnn over raw pointers.";
+  m.def("forward", &forward, "forward(cell, f64, threads, *directions)");
+  m.def("backward", &backward, "backward(cell, f64, threads, *directions)");
+  m.def(
+      "pack_rows",
+      [](bool f64, uintptr_t weight, int64_t gates, int64_t n, int64_t k, uintptr_t packed) {
+        const Kernels& table = kernels();
+        py::gil_scoped_release release;
+        f64 ? table.f64.pack_rows(at<double>(weight), gates, n, k, at<double>(packed))
+            : table.f32.pack_rows(at<float>(weight), gates, n, k, at<float>(packed));
+      },
+      "[gates*n, k] -> [ceil(n/W), k, gates, W]");
+  m.def(
+      "pack_columns",
+      [](bool f64, uintptr_t weight, int64_t k, int64_t n, uintptr_t packed) {
+        const Kernels& table = kernels();
+        py::gil_scoped_release release;
+        f64 ? table.f64.pack_columns(at<double>(weight), k, n, at<double>(packed))
+            : table.f32.pack_columns(at<float>(weight), k, n, at<float>(packed));
+      },
+      "[k, n] -> [ceil(n/W), k, W]");
+  m.def(
+      "math",
+      [](bool f64, int function, uintptr_t in, uintptr_t out, int64_t n) {
+        const Kernels& table = kernels();
+        py::gil_scoped_release release;
+        f64 ? table.f64.math(function, at<double>(in), at<double>(out), n)
+            : table.f32.math(function, at<float>(in), at<float>(out), n);
+      },
+      "the kernels' sigmoid (0) or tanh (1) of n values, for tests");
+  m.def(
+      "previous_rows",
+      [](const py::tuple& shape, bool reverse, uintptr_t output, int64_t output_stride, uintptr_t initial,
+         uintptr_t previous, int64_t row_bytes) {
+        const Shape s = read_shape(shape);
+        py::gil_scoped_release release;
+        previous_rows(s, reverse, at<const char>(output), output_stride, at<const char>(initial),
+                      at<char>(previous), row_bytes);
+      },
+      "the hidden state that each packed row's step started from");
+  m.def(
+      "fingerprint", [](uintptr_t data, size_t bytes) { return kernels().fingerprint(at<const void>(data), bytes); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("width", [](bool f64) { return f64 ? kernels().f64.width : kernels().f32.width; });
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
+  m.def("isa_levels", &supported_levels);
+  m.def("cpu_features", &cpu_features);
+}

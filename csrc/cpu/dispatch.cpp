@@ -1,0 +1,250 @@
+#include "dispatch.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "barrier.h"
+
+namespace fusedrnn {
+namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Level {
+  const Kernels* kernels;
+  bool supported;
+};
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = {
+      {&kPortableKernels, true},
+#if defined(__x86_64__) || defined(_M_X64)
+      {&kAvx2Kernels, has_avx2()},
+      {&kAvx512Kernels, has_avx512()},
+#endif
+  };
+  return all;
+}
+
+const Kernels& best() {
+  const Kernels* k = nullptr;
+  for (const Level& level : levels()) {
+    if (level.supported) k = level.kernels;
+  }
+  return *k;
+}
+
+const Kernels& named(const std::string& name, const char* argument) {
+  std::string known;
+  for (const Level& level : levels()) {
+    if (name == level.kernels->name) {
+      if (level.supported) return *level.kernels;
+      throw std::invalid_argument(std::string(argument) + ": this CPU cannot run " + name);
+    }
+    known += (known.empty() ? "" : ", ") + std::string(level.kernels->name);
+  }
+  throw std::invalid_argument(std::string(argument) + ": expected one of " + known + ", got '" + name + "'");
+}
+
+std::atomic<const Kernels*> current{nullptr};
+
+struct Free {
+  void operator()(void* p) const { free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer allocate(int64_t bytes) {
+  void* p = nullptr;
+  if (posix_memalign(&p, 64, static_cast<size_t>(std::max<int64_t>(bytes, 64))) != 0) throw std::bad_alloc();
+  return Buffer(static_cast<char*>(p));
+}
+
+enum class Split { kRows, kUnits };
+
+// Weights that a core keeps in its own cache can be read by every thread, each for its own rows,
+// without a barrier; larger ones are shared out, and so are few rows.
+Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team) {
+  constexpr int64_t kOwnCache = 512 << 10;
+  const bool enough_rows = s.batch >= static_cast<int64_t>(team) * std::min(tile_rows, 4);
+  const bool wide = s.batch >= static_cast<int64_t>(team) * tile_rows * 8;
+  return enough_rows && (weight_bytes <= kOwnCache || wide) ? Split::kRows : Split::kUnits;
+}
+
+Part part_of(const Shape& s, Split split, int tile_rows, int member, int team, Barrier* barrier) {
+  if (team == 1) return {0, s.batch, s.batch, 0, 1, nullptr};
+  if (split == Split::kUnits) return {0, s.batch, s.batch, member, team, barrier};
+  if (s.batch_sizes == nullptr) {
+    const int64_t begin = s.batch * member / team, end = s.batch * (member + 1) / team;
+    return {begin, end - begin, s.batch, 0, 1, nullptr};
+  }
+  // Long sequences come first: dealing out strips keeps the threads level as the batch shrinks.
+  const int64_t strip = std::min<int64_t>(tile_rows, (s.batch + team - 1) / team);
+  return {member * strip, strip, team * strip, 0, 1, nullptr};
+}
+
+// Below this many multiply-adds a parallel region costs more than it saves: in all, and per step
+// where every step has a barrier.
+constexpr double kWorthARegion = 2e5, kWorthABarrier = 2e4;
+
+// f(direction, part) for every share of the work.
+template <class D, class F>
+void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_rows, int count, int threads, F f) {
+  const Shape& s = directions[0].shape;
+  const double per_step = double(s.batch) * gates * double(s.hidden) * double(s.proj);
+  const double total = double(s.rows) * gates * double(s.hidden) * double(s.proj) * count;
+  const int64_t weight_bytes = gates * s.hidden * s.proj * element_bytes;
+  if (total < kWorthARegion) threads = 1;
+  const auto split_for = [&](int team) { return choose_split(s, weight_bytes, tile_rows, team); };
+  if (threads > count && split_for(threads / count) == Split::kUnits && per_step < kWorthABarrier) threads = count;
+  if (threads <= 1) {
+    for (int d = 0; d < count; ++d) f(directions[d], part_of(directions[d].shape, Split::kRows, tile_rows, 0, 1, nullptr));
+    return;
+  }
+  Barrier barriers[2];
+#pragma omp parallel num_threads(threads)
+  {
+    // OpenMP may give fewer threads than asked for.
+    const int got = omp_get_num_threads(), me = omp_get_thread_num();
+    const int team = got / count;
+    if (team == 0) {
+      for (int d = me; d < count; d += got) f(directions[d], part_of(directions[d].shape, Split::kRows, tile_rows, 0, 1, nullptr));
+    } else {
+      const Split split = split_for(team);
+      if (split == Split::kUnits && team > 1) {
+#pragma omp single
+        for (int d = 0; d < count; ++d) barriers[d].reset(team);
+      }
+      if (me < team * count) {
+        const D& mine = directions[me / team];
+        f(mine, part_of(mine.shape, split, tile_rows, me % team, team, &barriers[me / team]));
+      }
+    }
+  }
+}
+
+// Rows of `columns` elements into rows of `stride`.
+template <class T>
+void spread(const T* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * stride, from + r * columns, sizeof(T) * columns);
+}
+
+template <class T>
+const Functions<T>& functions_of(const Kernels& k);
+template <>
+const Functions<float>& functions_of<float>(const Kernels& k) {
+  return k.f32;
+}
+template <>
+const Functions<double>& functions_of<double>(const Kernels& k) {
+  return k.f64;
+}
+
+}  // namespace
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__) || defined(_M_X64)
+#define FUSEDRNN_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.push_back(name);
+  FUSEDRNN_FEATURE("avx2")
+  FUSEDRNN_FEATURE("fma")
+  FUSEDRNN_FEATURE("f16c")
+  FUSEDRNN_FEATURE("avx512f")
+  FUSEDRNN_FEATURE("avx512bw")
+  FUSEDRNN_FEATURE("avx512dq")
+  FUSEDRNN_FEATURE("avx512vl")
+  FUSEDRNN_FEATURE("avx512bf16")
+#undef FUSEDRNN_FEATURE
+#endif
+  return found;
+}
+
+std::vector<std::string> supported_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) {
+    if (level.supported) names.push_back(level.kernels->name);
+  }
+  return names;
+}
+
+void set_level(const std::string& name) { current.store(name.empty() ? &best() : &named(name, "isa")); }
+
+const Kernels& kernels() {
+  const Kernels* k = current.load(std::memory_order_relaxed);
+  if (k != nullptr) return *k;
+  const char* wanted = getenv("FUSEDRNN_ISA");
+  k = wanted != nullptr && *wanted != 0 ? &named(wanted, "FUSEDRNN_ISA") : &best();
+  current.store(k);
+  return *k;
+}
+
+int gates_of(int cell) {
+  constexpr int gates[kCells] = {1, 1, 4, 3};
+  return gates[cell];
+}
+
+template <class T>
+void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, int count, int threads) {
+  const Shape& s = directions[0].shape;
+  const Functions<T>& f = functions_of<T>(k);
+  const bool projected = directions[0].weight_hr != nullptr;
+  const int64_t elements = forward_scratch(s, sizeof(T), projected), stride = scratch_stride(s.proj, sizeof(T));
+  const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
+  for (int d = 0; d < count; ++d) {
+    T* mine = reinterpret_cast<T*>(scratch.get()) + d * elements;
+    directions[d].scratch = mine;
+    for (int copy = 0; copy < 2; ++copy) {
+      spread(directions[d].state0, s.batch, s.proj, mine + copy * s.batch * stride, stride);
+    }
+  }
+  run_parts(directions, gates_of(cell), sizeof(T), f.rows[cell], count, threads, f.forward[cell]);
+}
+
+template <class T>
+void run_backward(const Kernels& k, int cell, BackwardDirection<T>* directions, int count, int threads) {
+  const Shape& s = directions[0].shape;
+  const Functions<T>& f = functions_of<T>(k);
+  const int64_t elements = backward_scratch(s, sizeof(T), gates_of(cell));
+  const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
+  for (int d = 0; d < count; ++d) directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
+  run_parts(directions, gates_of(cell), sizeof(T), f.rows[0], count, threads, f.backward[cell]);
+}
+
+template void run_forward<float>(const Kernels&, int, ForwardDirection<float>*, int, int);
+template void run_forward<double>(const Kernels&, int, ForwardDirection<double>*, int, int);
+template void run_backward<float>(const Kernels&, int, BackwardDirection<float>*, int, int);
+template void run_backward<double>(const Kernels&, int, BackwardDirection<double>*, int, int);
+
+void previous_rows(const Shape& s, bool reverse, const char* output, int64_t output_stride, const char* initial,
+                   char* previous, int64_t row_bytes) {
+  const auto size = [&](int64_t t) {
+    return t < 0 || t >= s.time ? 0 : s.batch_sizes ? s.batch_sizes[t] : s.batch;
+  };
+  int64_t row = 0;
+  for (int64_t t = 0; t < s.time; ++t) {
+    const int64_t active = size(t), before = std::min(active, reverse ? size(t + 1) : size(t - 1));
+    const int64_t from = reverse ? row + active : row - size(t - 1);
+    for (int64_t b = 0; b < active; ++b) {
+      memcpy(previous + (row + b) * row_bytes,
+             b < before ? output + (from + b) * output_stride : initial + b * row_bytes, row_bytes);
+    }
+    row += active;
+  }
+}
+
+}  // namespace fusedrnn

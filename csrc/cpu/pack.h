@@ -1,0 +1,42 @@
+// Weights in the order in which a tile reads them.
+#pragma once
+
+#include "simd.h"
+
+namespace fusedrnn {
+namespace {
+
+template <class T>
+void pack_rows(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k_end,
+               T* packed /*[ceil(n/W), k, G, W]*/) {
+  constexpr int W = Simd<T>::kWidth;
+  T square[W][W];
+  for (int64_t first = 0; first < n; first += W) {
+    const int64_t lanes = n - first < W ? n - first : W;
+    for (int64_t g = 0; g < gates; ++g) {
+      const T* from = weight + (g * n + first) * k_end;
+      T* to = packed + (first * k_end * gates) + g * W;
+      for (int64_t k = 0; k < k_end; k += W) {
+        const int columns = static_cast<int>(k_end - k < W ? k_end - k : W);
+        for (int64_t l = 0; l < W; ++l) {
+          const typename Simd<T>::V row = l < lanes ? load(from + l * k_end + k, columns) : typename Simd<T>::V{};
+          for (int c = 0; c < W; ++c) square[c][l] = row[c];
+        }
+        for (int c = 0; c < columns; ++c) store(to + (k + c) * gates * W, load(square[c]));
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_columns(const T* weight /*[k, n]*/, int64_t k_end, int64_t n, T* packed /*[ceil(n/W), k, W]*/) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t first = 0; first < n; first += W) {
+    const int lanes = static_cast<int>(n - first < W ? n - first : W);
+    T* to = packed + first * k_end;
+    for (int64_t k = 0; k < k_end; ++k) store(to + k * W, load(weight + k * n + first, lanes));
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn

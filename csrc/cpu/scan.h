@@ -1,0 +1,112 @@
+// The CPU scan: what the ISA-specific files offer, and what they are given. Nothing here has code.
+//
+// Rows are packed by time: step t owns batch_sizes[t] rows, non-increasing in t; a dense batch is
+// the case of equal sizes. N is their sum. A forward direction goes t = 0 .. T-1 and row b ends at
+// its own last step; a reverse direction goes t = T-1 .. 0 and row b starts there.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fusedrnn {
+
+struct Barrier;
+void barrier_wait(Barrier* barrier);
+
+constexpr int kCells = 4;  // rnn_tanh, rnn_relu, lstm, gru, in this order everywhere
+
+struct Shape {
+  int64_t time;                // T
+  int64_t batch;               // B
+  int64_t hidden;              // H
+  int64_t proj;                // P, H without a projection
+  int64_t rows;                // N
+  const int64_t* batch_sizes;  // [T], or null when every step has B rows
+};
+
+// The share of one thread: some rows and some units of one direction. Rows come as segments
+// [row_first + i * row_step, + row_count); units as the member-th of `members` equal shares.
+struct Part {
+  int64_t row_first, row_count, row_step;
+  int member, members;
+  Barrier* barrier;  // null when no other thread works on the same rows
+};
+
+template <class T>
+struct ForwardDirection {
+  Shape shape;
+  bool reverse;
+  const T* x_gates;          // [N, G*H]
+  const T* weight_hh;        // packed [ceil(H/W), P, G, W]
+  const T* bias_hh;          // [G*H] or null
+  const T* weight_hr;        // packed [ceil(P/W), H, W], null without a projection
+  T* output;                 // [N, P], row stride output_stride
+  int64_t output_stride;
+  T* state0;                 // [B, P] in: initial hidden state; out: last
+  T* state1;                 // [B, H] likewise for state 1, null for cells with one state
+  T* gates;                  // [N, G*H] activated gates, null when not saved
+  T* extra;                  // [N, H] the cell's extra saved value, null when not saved
+  T* raw;                    // [N, H] hidden state before the projection, null when not saved
+  T* scratch;                // forward_scratch() elements
+};
+
+template <class T>
+struct BackwardDirection {
+  Shape shape;
+  bool reverse;
+  const T* weight_hh;        // packed [ceil(P/W), G*H, W]
+  const T* weight_hr;        // packed [ceil(H/W), P, W], null without a projection
+  const T* gates;            // [N, G*H], null if the cell does not save them
+  const T* extra;            // [N, H] or null
+  const T* output;           // [N, P], row stride output_stride
+  int64_t output_stride;
+  const T* initial0;         // [B, P]
+  const T* initial1;         // [B, H] or null
+  const T* d_output;         // [N, P], row stride d_output_stride; null when it is zero
+  int64_t d_output_stride;
+  T* d_state0;               // [B, P] in: gradient of the last hidden state; out: of the initial one
+  T* d_state1;               // [B, H] likewise, or null
+  T* d_x_gates;              // [N, G*H]
+  T* d_split;                // [N, H] h_gates gradient of Cell::kSplitGate, or null
+  T* d_hidden;               // [N, P] gradient of the projected hidden state, null without one
+  T* scratch;                // backward_scratch() elements
+};
+
+template <class T>
+struct Functions {
+  void (*forward[kCells])(const ForwardDirection<T>&, const Part&);
+  void (*backward[kCells])(const BackwardDirection<T>&, const Part&);
+  // packed[b][k][g][l] = weight[g * n + b * W + l][k], zero where b * W + l >= n
+  void (*pack_rows)(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k, T* packed);
+  // packed[b][k][l] = weight[k][b * W + l], zero where b * W + l >= n
+  void (*pack_columns)(const T* weight /*[k, n]*/, int64_t k, int64_t n, T* packed);
+  void (*math)(int function, const T* in /*[n]*/, T* out /*[n]*/, int64_t n);  // sigmoid, tanh
+  int width;      // W
+  int rows[kCells];  // batch rows that the forward tile of a cell takes at once
+};
+
+struct Kernels {
+  const char* name;
+  Functions<float> f32;
+  Functions<double> f64;
+  uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
+};
+
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels;
+
+// Scratch rows are padded to whole vectors and away from multiples of 4096 bytes, where the rows
+// of a tile would share one set of the first-level cache. Rows of 64 bytes serve every ISA level.
+constexpr int64_t scratch_stride(int64_t columns, int64_t element_bytes) {
+  const int64_t per_line = 64 / element_bytes;
+  const int64_t lines = (columns + per_line - 1) / per_line;
+  return (lines | 1) * per_line;
+}
+constexpr int64_t forward_scratch(const Shape& s, int64_t element_bytes, bool projected) {
+  return s.batch * (2 * scratch_stride(s.proj, element_bytes) +
+                    (projected ? scratch_stride(s.hidden, element_bytes) : 0));
+}
+constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates) {
+  return s.batch * 2 * scratch_stride(gates * s.hidden, element_bytes);
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,6 @@
+#define FUSEDRNN_VECTOR_BYTES 16
+#include "kernels.h"
+
+namespace fusedrnn {
+const Kernels kPortableKernels = {"portable", functions<float>(), functions<double>(), fingerprint};
+}  // namespace fusedrnn

@@ -1,0 +1,109 @@
+// The matrix product inside a step: R batch rows times NB blocks of W units with G gates each,
+// held in registers for the whole of K. Packed weights are read once, front to back.
+#pragma once
+
+#include "simd.h"
+
+namespace fusedrnn {
+namespace {
+
+// Vector registers of the level: accumulators fill most, weights and a broadcast need the rest.
+constexpr int kRegisters = FUSEDRNN_VECTOR_BYTES == 64 ? 32 : 16;
+
+// The most rows that a tile of `columns` accumulators per row takes.
+constexpr int max_rows(int columns) {
+  return kRegisters == 32 ? (columns == 4 ? 6 : 8) : (columns == 4 ? 3 : 4);
+}
+
+template <class T, int R, int NB, int G>
+void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int64_t stride,
+          const T* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
+          T* __restrict__ out /*[R, NB, G, W]*/) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::kWidth, N = NB * G;
+  // Few accumulators cannot hide the latency of a multiply-add: split K among copies of them.
+  constexpr int U = R * N >= 8 ? 1 : (R * N >= 4 ? 2 : 4);
+  V acc[U][R][N];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[u][r][n] = V{};
+
+  int64_t k = 0;
+  for (; k + U <= k_end; k += U) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      V w[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) w[n] = load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V h = splat(rows[r * stride + k + u]);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[u][r][n] += w[n] * h;
+      }
+    }
+  }
+  if constexpr (U > 1) {
+    for (; k < k_end; ++k) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const V w = load(weight + (n / G) * block + (k * G + n % G) * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[0][r][n] += w * splat(rows[r * stride + k]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      V sum = acc[0][r][n];
+#pragma GCC unroll 8
+      for (int u = 1; u < U; ++u) sum += acc[u][r][n];
+      store(out + (r * N + n) * W, sum);
+    }
+}
+
+template <class T>
+using Tile = void (*)(int64_t, const T*, int64_t, const T*, int64_t, T*);
+
+// tile<T, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
+template <class T, int NB, int G>
+FUSEDRNN_HD Tile<T> tile_of(int64_t r) {
+  constexpr int most = max_rows(NB * G);
+  static constexpr Tile<T> tiles[8] = {
+      tile<T, 1, NB, G>,
+      tile<T, 2, NB, G>,
+      tile<T, 3, NB, G>,
+      tile<T, most < 4 ? 1 : 4, NB, G>,
+      tile<T, most < 5 ? 1 : 5, NB, G>,
+      tile<T, most < 6 ? 1 : 6, NB, G>,
+      tile<T, most < 7 ? 1 : 7, NB, G>,
+      tile<T, most < 8 ? 1 : 8, NB, G>,
+  };
+  return tiles[r - 1];
+}
+
+// The blocks of units taken at once: as many as fill four accumulators per row.
+template <int G>
+constexpr int kBlocks = G == 1 ? 4 : 1;
+
+template <class T, int G>
+FUSEDRNN_HD Tile<T> tile_for(int64_t r, int64_t blocks) {
+  if constexpr (G == 1) {
+    switch (blocks) {
+      case 1: return tile_of<T, 1, 1>(r);
+      case 2: return tile_of<T, 2, 1>(r);
+      case 3: return tile_of<T, 3, 1>(r);
+      default: return tile_of<T, 4, 1>(r);
+    }
+  } else {
+    return tile_of<T, 1, G>(r);
+  }
+}
+
+}  // namespace
+}  // namespace fusedrnn

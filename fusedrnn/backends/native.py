@@ -1,0 +1,473 @@
+"""The fused CPU kernels of `fusedrnn._C`: tensors to raw pointers, weight packing, the matrix
+products around the scan.
+
+fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _C  # after torch: both then share one OpenMP runtime
+except ImportError as error:
+    _C: ModuleType | None = None  # type: ignore[no-redef]
+    _why_not = f"fusedrnn._C is not there ({error}); it is built by `pip install` where g++ works"
+
+
+class _Cell(NamedTuple):
+    index: int  # in csrc/cpu/scan.h
+    gates: int
+    states: int
+    saves_gates: bool
+    extra: bool
+    split_gate: bool  # the last gate's h_gates gradient is not its x_gates gradient
+
+
+_CELLS = {
+    "rnn_tanh": _Cell(0, 1, 1, False, False, False),
+    "rnn_relu": _Cell(1, 1, 1, False, False, False),
+    "lstm": _Cell(2, 4, 2, True, True, False),
+    "gru": _Cell(3, 3, 1, True, True, True),
+}
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+# x_gates are made for a chunk of time at once, small enough to be in the cache when the scan reads
+# them and large enough for an efficient product.
+_CHUNK_BYTES = 2 << 20
+_CHUNK_ROWS = 128
+# Multiply-adds from which oneDNN's linear beats addmm, for x_gates and for the input's gradient.
+_LARGE_PROJECTION = 1 << 25
+_LARGE_GRADIENT = 1 << 24
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be used at all; None if they can."""
+    return _why_not if _C is None else None
+
+
+def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why a request cannot run here; None if it can."""
+    if device_type != "cpu":
+        return f"has CPU kernels only, got device {device_type}"
+    if cell not in _CELLS:
+        return f"has no kernel for cell {cell!r}"
+    if dtype not in _DTYPES:
+        return f"has kernels for float32, float64, float16 and bfloat16, got {dtype}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: portable, avx2 or avx512."""
+    return _C.isa()
+
+
+def cpu_features() -> list[str]:
+    return _C.cpu_features()
+
+
+def saved_shapes(cell: str, directions: int, rows: int, hidden: int, proj: bool) -> list[tuple[int, ...]]:
+    """The shapes of what `forward` returns as saved."""
+    spec = _CELLS[cell]
+    shapes: list[tuple[int, ...]] = []
+    if spec.saves_gates:
+        shapes.append((directions, rows, spec.gates * hidden))
+    if spec.extra:
+        shapes.append((directions, rows, hidden))
+    if proj:
+        shapes.append((directions, rows, hidden))
+    return shapes
+
+
+# ---- packed weights ----------------------------------------------------------------------------
+
+
+class _Packs(NamedTuple):
+    owner: weakref.ref[Tensor]
+    packs: dict[str, tuple[tuple[object, ...], Tensor]]
+
+
+# By id of the weight, never as its attribute (that would leak into pickles and copies).
+_table: dict[int, _Packs] = {}
+
+
+def _forget(dead: weakref.ref[Tensor], key: int) -> None:
+    entry = _table.get(key)
+    if entry is not None and entry.owner is dead:
+        del _table[key]
+
+
+def _packed(weight: Tensor, kind: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight as `make` packs it, from the table while its content is the same.
+
+    The version counter misses writes through `.data`, so the content itself is part of the key.
+    A pack is never changed once made: another thread may be using it.
+    """
+    pointer = weight.data_ptr()
+    key = (
+        pointer,
+        weight.shape,
+        weight.dtype,
+        None if weight.is_inference() else weight._version,
+        _C.fingerprint(pointer, weight.nbytes),
+        _C.isa(),
+    )
+    entry = _table.get(id(weight))
+    if entry is not None and entry.owner() is weight:
+        found = entry.packs.get(kind)
+        if found is not None and found[0] == key:
+            return found[1]
+    else:
+        number = id(weight)
+        entry = _table[number] = _Packs(weakref.ref(weight, lambda dead: _forget(dead, number)), {})
+    pack = make(weight.float() if weight.dtype in _HALF else weight)
+    entry.packs[kind] = (key, pack)
+    return pack
+
+
+def _pack_rows(gates: int) -> Callable[[Tensor], Tensor]:
+    def make(weight: Tensor) -> Tensor:
+        rows, k = weight.shape
+        f64 = weight.dtype is torch.float64
+        n, width = rows // gates, _C.width(f64)
+        pack = weight.new_empty(-(-n // width) * k * gates * width)
+        _C.pack_rows(f64, weight.data_ptr(), gates, n, k, pack.data_ptr())
+        return pack
+
+    return make
+
+
+def _pack_columns(weight: Tensor) -> Tensor:
+    k, n = weight.shape
+    f64 = weight.dtype is torch.float64
+    width = _C.width(f64)
+    pack = weight.new_empty(-(-n // width) * k * width)
+    _C.pack_columns(f64, weight.data_ptr(), k, n, pack.data_ptr())
+    return pack
+
+
+_MAKE_ROWS = {gates: _pack_rows(gates) for gates in (1, 3, 4)}
+
+
+# ---- the layer ---------------------------------------------------------------------------------
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+class _Weights(NamedTuple):
+    ih: Tensor  # [G*H, I]
+    hh: Tensor  # [G*H, P]
+    bias_ih: Tensor | None  # [G*H]
+    bias_hh: Tensor | None  # [G*H]
+    hr: Tensor | None  # [P, H]
+
+
+def _weights(flat: Sequence[Tensor], directions: int) -> list[_Weights]:
+    each = len(flat) // directions
+    found = []
+    for d in range(directions):
+        w = flat[d * each : (d + 1) * each]
+        bias = each >= 4
+        found.append(
+            _Weights(
+                w[0], w[1], w[2] if bias else None, w[3] if bias else None, w[-1] if each in (3, 5) else None
+            )
+        )
+    return found
+
+
+def _chunks(
+    time: int, batch: int, rows: int, sizes: Tensor | None, most: int
+) -> list[tuple[int, int, int, int]]:
+    """Steps [t0, t1) and rows [n0, n1) of each chunk of at most `most` rows or one step."""
+    if rows <= most:
+        return [(0, time, 0, rows)]
+    if sizes is None:
+        steps = max(1, most // batch)
+        return [
+            (t, min(t + steps, time), t * batch, min(t + steps, time) * batch) for t in range(0, time, steps)
+        ]
+    found = []
+    t0 = n0 = n = 0
+    for t, size in enumerate(sizes.tolist()):
+        if n + size - n0 > most and t > t0:
+            found.append((t0, t, n0, n))
+            t0, n0 = t, n
+        n += size
+    found.append((t0, time, n0, rows))
+    return found
+
+
+@cache
+def _onednn_linear() -> Callable[..., Tensor] | None:
+    """oneDNN's linear, which torch keeps private; None where it is not there or refuses."""
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise
+        x = torch.ones(1, 1)
+        linear(x, x, x[0], "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return linear
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, least: int) -> Tensor:
+    """x [N, K] @ weight.T [K, M] + bias [M], through the fastest product at hand.
+
+    oneDNN beats addmm's BLAS on some CPUs once a product is large (docs/performance-cpu.md);
+    `least` is its number of multiply-adds from which on it does.
+    """
+    if x.dtype is torch.float32 and x.shape[0] * weight.numel() >= least:
+        onednn = _onednn_linear()
+        if onednn is not None:
+            return onednn(x, weight, bias, "none", [], "")
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def forward(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    directions: int,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
+    spec = _CELLS[cell]
+    storage = input.dtype
+    half = storage in _HALF
+    f64 = storage is torch.float64
+    gates = spec.gates
+    _, batch, proj = states[0].shape
+    hidden = weights[0].shape[0] // gates
+    time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    x = _wide(input).view(-1, input.shape[-1])
+    rows = x.shape[0]
+    per_direction = _weights(weights, directions)
+
+    width = directions * proj
+    output = x.new_empty((*input.shape[:-1], width))
+    last = [s.to(x.dtype, copy=True) for s in states]
+    saved: list[Tensor] = []
+    if save:
+        projected = per_direction[0].hr is not None
+        saved = [x.new_empty(shape) for shape in saved_shapes(cell, directions, rows, hidden, projected)]
+    if rows:
+        size = 8 if f64 else 4
+        row_gates, row_hidden, row_output = gates * hidden * size, hidden * size, width * size
+        save_at = [t.data_ptr() for t in saved]
+        gates_at = save_at.pop(0) if save and spec.saves_gates else 0
+        extra_at = save_at.pop(0) if save and spec.extra else 0
+        raw_at = save_at.pop(0) if save_at else 0
+        sizes_at = _pointer(batch_sizes)
+        output_at = output.data_ptr()
+        last0, last1 = last[0].data_ptr(), last[1].data_ptr() if spec.states == 2 else 0
+        threads = torch.get_num_threads()
+        packs = [
+            (
+                _packed(w.hh, "rows", _MAKE_ROWS[gates]),
+                None if w.bias_hh is None else _wide(w.bias_hh),
+                None if w.hr is None else _packed(w.hr, "rows", _MAKE_ROWS[1]),
+                _wide(w.ih),
+                None if w.bias_ih is None else _wide(w.bias_ih),
+            )
+            for w in per_direction
+        ]
+        most = max(_CHUNK_ROWS, _CHUNK_BYTES // row_gates)
+        chunks = _chunks(time, batch, rows, batch_sizes, most)
+        for i in range(len(chunks)):
+            args, alive = [], []
+            for d, (hh, bias_hh, hr, ih, bias_ih) in enumerate(packs):
+                t0, t1, n0, n1 = chunks[-1 - i if d else i]
+                x_gates = _linear(x[n0:n1], ih, bias_ih, _LARGE_PROJECTION)
+                alive.append(x_gates)
+                args.append(
+                    (
+                        t1 - t0,
+                        batch,
+                        hidden,
+                        proj,
+                        n1 - n0,
+                        sizes_at and sizes_at + 8 * t0,
+                        d,
+                        x_gates.data_ptr(),
+                        hh.data_ptr(),
+                        _pointer(bias_hh),
+                        _pointer(hr),
+                        output_at + n0 * row_output + d * proj * size,
+                        width,
+                        last0 + d * batch * proj * size,
+                        last1 and last1 + d * batch * hidden * size,
+                        gates_at and gates_at + (d * rows + n0) * row_gates,
+                        extra_at and extra_at + (d * rows + n0) * row_hidden,
+                        raw_at and raw_at + (d * rows + n0) * row_hidden,
+                    )
+                )
+            _C.forward(spec.index, f64, threads, *args)
+    if half:
+        return output.to(storage), [s.to(storage) for s in last], saved
+    return output, last, saved
+
+
+def backward(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    directions: int,
+    output: Tensor,
+    saved: Sequence[Tensor],
+    grad_output: Tensor | None,
+    grad_last: Sequence[Tensor | None],
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Gradients of `input`, `weights` and `states`, in their order; None where not needed.
+
+    Reads `saved` and leaves it as it is.
+    """
+    spec = _CELLS[cell]
+    storage = input.dtype
+    f64 = storage is torch.float64
+    gates = spec.gates
+    _, batch, proj = states[0].shape
+    hidden = weights[0].shape[0] // gates
+    time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    x = _wide(input).view(-1, input.shape[-1])
+    rows, size, width = x.shape[0], 8 if f64 else 4, directions * proj
+    per_direction = _weights(weights, directions)
+    projected = per_direction[0].hr is not None
+
+    initial = [_wide(s) for s in states]
+    out = _wide(output).view(rows, width)
+    d_out = None if grad_output is None else _wide(grad_output)
+    d_states = [
+        torch.zeros_like(s) if g is None else g.to(x.dtype, copy=True) for s, g in zip(initial, grad_last)
+    ]
+    d_x_gates = x.new_empty((directions, rows, gates * hidden))
+    d_split = x.new_empty((directions, rows, hidden)) if spec.split_gate else None
+    d_hidden = x.new_empty((directions, rows, proj)) if projected else None
+    if rows:
+        packs = [
+            (
+                _packed(w.hh, "columns", _pack_columns),
+                None if w.hr is None else _packed(w.hr, "columns", _pack_columns),
+            )
+            for w in per_direction
+        ]
+        args = []
+        for d, (hh, hr) in enumerate(packs):
+            args.append(
+                (
+                    time,
+                    batch,
+                    hidden,
+                    proj,
+                    rows,
+                    _pointer(batch_sizes),
+                    d,
+                    hh.data_ptr(),
+                    _pointer(hr),
+                    saved[0][d].data_ptr() if spec.saves_gates else 0,
+                    saved[1][d].data_ptr() if spec.extra else 0,
+                    out.data_ptr() + d * proj * size,
+                    width,
+                    initial[0][d].data_ptr(),
+                    initial[1][d].data_ptr() if spec.states == 2 else 0,
+                    d_out.data_ptr() + d * proj * size if d_out is not None else 0,
+                    width,
+                    d_states[0][d].data_ptr(),
+                    d_states[1][d].data_ptr() if spec.states == 2 else 0,
+                    d_x_gates[d].data_ptr(),
+                    d_split[d].data_ptr() if d_split is not None else 0,
+                    d_hidden[d].data_ptr() if d_hidden is not None else 0,
+                )
+            )
+        _C.backward(spec.index, f64, torch.get_num_threads(), *args)
+
+    grad_input: Tensor | None = None
+    if needs[0]:
+        for d, w in enumerate(per_direction):
+            part = _linear(d_x_gates[d], _wide(w.ih).t(), None, _LARGE_GRADIENT)
+            grad_input = part if grad_input is None else grad_input.add_(part)
+        grad_input = grad_input.view(input.shape).to(storage)
+    grad_weights: list[Tensor | None] = []
+    each = len(weights) // directions
+    for d, w in enumerate(per_direction):
+        need = needs[1][d * each : (d + 1) * each]
+        split = None if d_split is None else d_split[d]
+        found: list[Tensor | None] = [None] * each
+        if need[0]:
+            found[0] = torch.mm(d_x_gates[d].t(), x)
+        if need[1]:
+            start = initial[0][d]
+            if batch_sizes is None:
+                # The hidden state before each row is the output one step away, but for the first.
+                body = slice(0, rows - batch) if d else slice(batch, rows)
+                edge = slice(rows - batch, rows) if d else slice(0, batch)
+                shifted = out[batch:] if d else out[: rows - batch]
+                pairs = [(edge, start), (body, shifted[:, d * proj : (d + 1) * proj])]
+            else:
+                pairs = [(slice(0, rows), _previous(out, start, batch_sizes, d, proj))]
+            found[1] = _recurrent_grad(w.hh.shape, d_x_gates[d], split, pairs)
+        if w.bias_ih is not None and (need[2] or need[3]):
+            bias = d_x_gates[d].sum(0)
+            found[2] = bias if need[2] else None
+            if need[3]:
+                found[3] = (
+                    bias.clone() if split is None else torch.cat([bias[: -split.shape[1]], split.sum(0)])
+                )
+        if d_hidden is not None and need[-1]:
+            found[-1] = torch.mm(d_hidden[d].t(), saved[2][d])
+        grad_weights += [None if g is None else g.to(storage) for g in found]
+    grad_states = [s.to(storage) if need else None for s, need in zip(d_states, needs[2])]
+    return grad_input, grad_weights, grad_states
+
+
+def _previous(output: Tensor, start: Tensor, batch_sizes: Tensor, d: int, proj: int) -> Tensor:
+    """[N, P]: the hidden state that each packed row's step started from."""
+    rows, width = output.shape
+    size = output.element_size()
+    found = output.new_empty((rows, proj))
+    shape = (batch_sizes.shape[0], start.shape[0], 0, proj, rows, batch_sizes.data_ptr())
+    _C.previous_rows(
+        shape,
+        d == 1,
+        output.data_ptr() + d * proj * size,
+        width * size,
+        start.data_ptr(),
+        found.data_ptr(),
+        proj * size,
+    )
+    return found
+
+
+def _recurrent_grad(
+    shape: torch.Size, d_x_gates: Tensor, split: Tensor | None, pairs: list[tuple[slice, Tensor]]
+) -> Tensor:
+    """d_h_gates.T @ previous hidden states. d_h_gates are d_x_gates but for the split gate."""
+    grad = d_x_gates.new_empty(shape)
+    cut = shape[0] if split is None else shape[0] - split.shape[1]
+    blocks = [(d_x_gates[:, :cut], grad[:cut])]
+    if split is not None:
+        blocks.append((split, grad[cut:]))
+    for d_gates, part in blocks:
+        for i, (rows, previous) in enumerate(pairs):
+            if i == 0:
+                torch.mm(d_gates[rows].t(), previous, out=part)
+            elif previous.shape[0]:
+                part.addmm_(d_gates[rows].t(), previous)
+    return grad

@@ -1,0 +1,388 @@
+"""The CPU kernels on every instruction set: parity, awkward shapes, poisoned memory, the pack table."""
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from fusedrnn.backends import native, reference
+from fusedrnn.testing import compare
+
+if native.unavailable():
+    pytest.skip(native.unavailable(), allow_module_level=True)
+_C = native._C
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+LEVELS = _C.isa_levels()
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that is allocated without a value is full of NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
+    )
+
+
+def problem(cell, hidden, batch, time, *, inputs=5, directions=1, proj=0, ragged=False, bias=True, dtype=torch.float32):
+    """The arguments of `forward` between cell and save."""
+    torch.manual_seed(hidden * 1000 + batch * 10 + time)
+    # gates that saturate in every element would leave gradients that are rounding errors alone
+    scale, out, gates = (hidden + inputs) ** -0.5, proj or hidden, GATES[cell] * hidden
+    weights = []
+    for _ in range(directions):
+        weights += [torch.randn(gates, inputs) * scale, torch.randn(gates, out) * scale]
+        weights += [torch.randn(gates) * scale, torch.randn(gates) * scale] if bias else []
+        weights += [torch.randn(proj, hidden) * scale] if proj else []
+    states = [torch.randn(directions, batch, out) * 0.5]
+    states += [torch.randn(directions, batch, hidden) * 0.5] if cell == "lstm" else []
+    sizes = None
+    if ragged:
+        lengths = torch.randint(1, time + 1, (batch,)).sort(descending=True).values
+        lengths[0] = time
+        sizes = torch.stack([(lengths > t).sum() for t in range(time)])
+        x = torch.randn(int(sizes.sum()), inputs)
+    else:
+        x = torch.randn(time, batch, inputs)
+    return x.to(dtype), sizes, [w.to(dtype) for w in weights], [s.to(dtype) for s in states], directions
+
+
+def moved(t, seed):
+    """Every element off by one rounding: the error that no method can be without."""
+    signs = torch.randint(0, 2, t.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return t * (1 + torch.finfo(t.dtype).eps * signs.to(t.dtype))
+
+
+def everything(backend, cell, x, sizes, weights, states, directions, grads):
+    """Output, last states and all gradients, flat."""
+    output, last, saved = backend.forward(cell, x, sizes, weights, states, directions, True)
+    copies = [t.clone() for t in saved]
+    needs = (True, [True] * len(weights), [True] * len(states))
+    args = (cell, x, sizes, weights, states, directions, output, saved, grads[0], grads[1:], needs)
+    grad_input, grad_weights, grad_states = backend.backward(*args)
+    assert all(torch.equal(a, b) for a, b in zip(saved, copies)), "backward wrote into saved"
+    return [output, *last, grad_input, *grad_weights, *grad_states]
+
+
+@functools.cache
+def expected(cell, *shape, dtype=torch.float32, **options):
+    """The problem, gradients to send back, the exact results, and those of torch's own precision.
+
+    The latter are on the data and on the data moved by a rounding, six times: one run can be
+    right by luck, above all in fp64 where it is the oracle itself.
+    """
+    args = problem(cell, *shape, dtype=dtype, **options)
+    x, sizes, weights, states, directions = args
+    width = directions * states[0].shape[-1]
+    grads = [torch.randn(*x.shape[:-1], width).to(dtype), *map(torch.randn_like, states)]
+
+    def reference_on(change):
+        changed = (change(x), sizes, [change(w) for w in weights], [change(s) for s in states], directions)
+        return everything(reference, cell, *changed, [change(g) for g in grads])
+
+    exact = reference_on(torch.Tensor.double)
+    runs = [everything(reference, cell, *args, grads)]
+    runs += [reference_on(functools.partial(moved, seed=seed)) for seed in range(6)]
+    return args, grads, exact, list(zip(*runs))
+
+
+def check(cell, *shape, **options):
+    args, grads, exact, runs = expected(cell, *shape, **options)
+    ours = everything(native, cell, *args, grads)
+    n, s = len(args[2]), len(args[3])
+    names = ["output", *(f"last {i}" for i in range(s)), "grad input"]
+    names += [*(f"grad weight {i}" for i in range(n)), *(f"grad state {i}" for i in range(s))]
+    rows = [compare(*row) for row in zip(names, ours, runs, exact, strict=True)]
+    assert all(row.ok for row in rows), "\n".join(f"{shape} {options} {row}" for row in rows if not row.ok)
+    pointers = [t.data_ptr() for t in ours if t.numel()]
+    assert len(set(pointers)) == len(pointers), "outputs share memory"
+
+
+# H, B, T: each awkward in its own way (not a multiple of a vector, of a tile, of a thread)
+SHAPES = [(1, 3, 1), (1, 3, 7), (17, 1, 7), (17, 33, 2), (64, 3, 2), (64, 33, 7), (96, 1, 2), (96, 3, 7), (200, 1, 7), (200, 33, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("cell", GATES)
+def test_parity(cell, dtype, level, poisoned):
+    for i, (hidden, batch, time) in enumerate(SHAPES):
+        for directions in (1, 2):
+            for ragged in (False, True):
+                bias = (i + directions) % 3 != 0
+                check(cell, hidden, batch, time, directions=directions, ragged=ragged, bias=bias, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_parity_with_projection(dtype, level, poisoned):
+    for hidden, proj in [(17, 1), (64, 17), (96, 64), (240, 133)]:
+        for batch, time, directions, ragged in [(1, 7, 2, False), (3, 7, 2, True), (33, 2, 1, True)]:
+            check("lstm", hidden, batch, time, proj=proj, directions=directions, ragged=ragged, dtype=dtype)
+    torch.set_num_threads(2)
+    check("lstm", 240, 3, 7, proj=133, directions=2, ragged=True, dtype=dtype)
+    check("lstm", 240, 33, 2, proj=133, directions=1, ragged=True, dtype=dtype)
+
+
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize("split", ["rows", "units"])
+def test_every_split_over_threads(cell, split, level):
+    """Large enough for a parallel region, for rows and for units; more threads than cores."""
+    hidden, batch, time = (96, 33, 5) if split == "rows" else (240, 3, 5)
+    for directions, ragged in [(1, False), (1, True), (2, True)]:
+        shape = {"directions": directions, "ragged": ragged}
+        expected(cell, hidden, batch, time, **shape)
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            check(cell, hidden, batch, time, **shape)
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("cell", GATES)
+def test_chunks_of_time_change_nothing(cell, ragged, monkeypatch):
+    args = problem(cell, 40, 5, 23, directions=2, ragged=ragged)
+    whole = native.forward(cell, *args, True)
+    monkeypatch.setattr(native, "_CHUNK_ROWS", 12)
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 0)
+    chunked = native.forward(cell, *args, True)
+    for a, b in zip([whole[0], *whole[1], *whole[2]], [chunked[0], *chunked[1], *chunked[2]]):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cell", GATES)
+def test_half_is_fp32_rounded_once(cell, dtype):
+    args = problem(cell, 33, 3, 5, directions=2, dtype=dtype)
+    output, last, _ = native.forward(cell, *args, False)
+    x, sizes, weights, states, directions = args
+    wide = native.forward(cell, x.float(), sizes, [w.float() for w in weights], [s.float() for s in states], 2, False)
+    for ours, exact in zip([output, *last], [wide[0], *wide[1]]):
+        assert ours.dtype is dtype
+        assert torch.equal(ours, exact.to(dtype))
+    check(cell, 33, 3, 5, directions=2, dtype=dtype)
+
+
+def test_saved_has_the_shapes_it_says():
+    for cell in GATES:
+        for proj in (0, 4) if cell == "lstm" else (0,):
+            args = problem(cell, 9, 3, 4, directions=2, proj=proj, ragged=True)
+            saved = native.forward(cell, *args, True)[2]
+            shapes = native.saved_shapes(cell, 2, args[0].shape[0], 9, bool(proj))
+            assert [tuple(t.shape) for t in saved] == shapes
+            assert native.forward(cell, *args, False)[2] == []
+
+
+def test_what_is_not_needed_is_not_computed():
+    args = problem("lstm", 9, 3, 4, directions=2)
+    output, last, saved = native.forward("lstm", *args, True)
+    x, sizes, weights, states, directions = args
+    needs = (False, [i == 1 for i in range(8)], [False, True])
+    found = native.backward("lstm", x, sizes, weights, states, 2, output, saved, None, [None, last[1]], needs)
+    assert found[0] is None
+    assert [g is not None for g in found[1]] == needs[1]
+    assert [g is not None for g in found[2]] == needs[2]
+
+
+def test_empty_batch():
+    for cell in GATES:
+        args = problem(cell, 9, 0, 4)
+        output, last, saved = native.forward(cell, *args, True)
+        assert output.shape == (4, 0, 9)
+        assert [s.shape for s in last] == [s.shape for s in args[3]]
+        needs = (True, [True] * 4, [True] * len(last))
+        grads = native.backward(cell, *args, output, saved, output, last, needs)
+        assert all((g == 0).all() for g in grads[1])
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_nan_and_inf_stay_in_their_row(cell, level):
+    x, sizes, weights, states, directions = problem(cell, 33, 7, 5)
+    x[1, 2], x[1, 4] = torch.nan, torch.inf
+    output = native.forward(cell, x, sizes, weights, states, directions, False)[0]
+    expected = reference.forward(cell, x, sizes, weights, states, directions, False)[0]
+    torch.testing.assert_close(output, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert output[1:, 2].isnan().all()
+    others = [b for b in range(7) if b not in (2, 4)]
+    assert output[:, others].isfinite().all()
+
+
+def test_long_sequences():
+    """T beyond 65,535, where 16-bit grids end."""
+    args = problem("gru", 4, 1, 100_001)
+    output, last, _ = native.forward("gru", *args, False)
+    assert output.isfinite().all()
+    assert torch.equal(output[-1], last[0][0])
+    tail = (args[0][-50:], None, args[2], [output[-51][None]], 1)
+    torch.testing.assert_close(native.forward("gru", *tail, False)[0], output[-50:], rtol=1e-5, atol=1e-6)
+
+
+# ---- exp, sigmoid, tanh ------------------------------------------------------------------------
+
+
+def spacing(exact, dtype):
+    info = torch.finfo(dtype)
+    return torch.exp2(exact.abs().clamp(min=info.smallest_normal).log2().floor()) * info.eps
+
+
+def apply_math(function, x):
+    y = torch.full_like(x, torch.nan)
+    _C.math(x.dtype is torch.float64, ["sigmoid", "tanh"].index(function), x.data_ptr(), y.data_ptr(), x.numel())
+    return y
+
+
+SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 88.5, -88.5, -104.0, 3e38, -3e38]
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
+def test_fp32_functions_over_all_floats(function, level):
+    patterns = torch.arange(-(2**31), 2**31 - 1, 1499).to(torch.int32).view(torch.float32)
+    x = torch.cat([patterns, torch.linspace(-12, 12, 1_000_001), torch.tensor(SPECIAL)])
+    exact = getattr(torch, function)(x.double())
+    ours = apply_math(function, x)
+    assert torch.equal(ours.isnan(), x.isnan())
+    error = ((ours.double() - exact).abs() / spacing(exact, torch.float32))[~x.isnan()]
+    # what lies below the normal range may become zero
+    assert error[exact[~x.isnan()].abs() >= torch.finfo(torch.float32).smallest_normal].max() < 2.5
+    assert (ours - exact)[exact.abs() < 1e-37].abs().max() < 2e-38
+    ends = apply_math(function, torch.tensor([float("-inf"), float("inf")]))
+    assert ends.tolist() == ([0.0, 1.0] if function == "sigmoid" else [-1.0, 1.0])
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh"])
+def test_fp64_functions(function, level):
+    x = torch.cat(
+        [
+            torch.linspace(-40, 40, 200_001, dtype=torch.float64),
+            torch.logspace(-320, 2.8, 5001, dtype=torch.float64),
+            -torch.logspace(-320, 2.8, 5001, dtype=torch.float64),
+            torch.tensor([*SPECIAL, 1e300, -1e300, 709.9, -709.9], dtype=torch.float64),
+        ]
+    )
+    theirs, ours = getattr(torch, function)(x), apply_math(function, x)
+    assert torch.equal(ours.isnan(), x.isnan())
+    keep = ~x.isnan() & (theirs.abs() > 1e-300)
+    # libm's own rounding is in the difference
+    assert ((ours - theirs).abs() / theirs.abs())[keep].max() < 1e-15
+
+
+# ---- the pack table ----------------------------------------------------------------------------
+
+
+def run(args):
+    return native.forward("lstm", *args, False)[0]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(2),
+        lambda w: w.data.neg_(),
+        lambda w: w.data.copy_(torch.flip(w, [0])),
+        lambda w: w.data.view(-1)[-1:].add_(1),
+        lambda w: w.detach().numpy().__setitem__((0, 0), 3.0),
+        lambda w: setattr(w, "data", torch.ones_like(w)),
+    ],
+)
+def test_a_write_through_data_is_seen(write):
+    args = problem("lstm", 33, 3, 5)
+    weights = [torch.nn.Parameter(w) for w in args[2]]
+    args = (*args[:2], weights, *args[3:])
+    with torch.no_grad():
+        before = run(args)
+        write(weights[1])
+        fresh = (*args[:2], [w.detach().clone() for w in weights], *args[3:])
+        after, expected = run(args), run(fresh)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, expected)
+
+
+def test_fingerprint_sees_every_word():
+    x = torch.randn(200)
+    seen = {_C.fingerprint(x.data_ptr(), x.nbytes)}
+    for i in range(200):
+        for j in (i, (i + 64) % 200):  # pairs in one lane must not cancel
+            x[i], x[j] = -x[i], -x[j] if j != i else -x[i]
+            seen.add(_C.fingerprint(x.data_ptr(), x.nbytes))
+    assert len(seen) >= 390
+
+
+def test_packs_live_in_a_side_table_and_die_with_the_weight():
+    args = problem("lstm", 33, 3, 5)
+    run(args)
+    weight = args[2][1]
+    number = id(weight)
+    assert number in native._table
+    assert not vars(weight)
+    pack = native._table[number].packs["rows"][1]
+    run(args)
+    assert native._table[number].packs["rows"][1] is pack
+    del weight, args
+    assert number not in native._table
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        args = problem("lstm", 33, 3, 5)
+        first = run(args)
+        args[2][1].mul_(2)
+        assert not torch.equal(first, run(args))
+
+
+def test_eight_threads_at_once():
+    torch.set_num_threads(2)
+    args = problem("lstm", 65, 4, 50, directions=2)
+    expected = run(args)
+    stop = threading.Event()
+
+    def work(i):
+        mine = (args[0].clone(), *args[1:])
+        for _ in range(20):
+            if stop.is_set():
+                return True
+            if not torch.equal(run(mine), expected):
+                stop.set()
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+# ---- the level ---------------------------------------------------------------------------------
+
+
+def test_levels():
+    assert "portable" in LEVELS
+    assert native.isa() in LEVELS
+    for name in LEVELS:
+        _C.set_isa(name)
+        assert native.isa() == name
+    _C.set_isa("")
+    with pytest.raises(ValueError, match="isa: expected one of portable.*got 'sse9'"):
+        _C.set_isa("sse9")
+
+
+def test_what_is_unsupported_has_a_reason():
+    assert native.unsupported("lstm", torch.float32, "cpu") is None
+    assert "cuda" in native.unsupported("lstm", torch.float32, "cuda")
+    assert "int" in native.unsupported("lstm", torch.int32, "cpu")
+    assert "slstm" in native.unsupported("slstm", torch.float32, "cpu")

@@ -1,0 +1,309 @@
+"""The functions behind torch.nn's recurrent modules, with the signatures of ``torch._VF``.
+
+They validate, loop over layers and call :func:`fusedrnn.ops.layer`. A call that torch refuses, or
+that no backend knows, goes to torch's own function as it came: its error or its result is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import _VF, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from . import ops
+from .backends import hand_over, select
+from .cells import CELLS
+
+_TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of LSTM layers; torch._VF.lstm's two signatures.
+
+    Dense: ``(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)``.
+    Packed: ``(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)``.
+
+    Args:
+        input: ``[T, B, I]``, or ``[B, T, I]`` if ``batch_first``.
+        data, batch_sizes: ``[N, I]`` and int64 ``[T]``, as in a ``PackedSequence``.
+        hx: ``(h_0 [L*D, B, P], c_0 [L*D, B, H])``.
+        params: per layer and direction ``weight_ih, weight_hh, (bias_ih, bias_hh), (weight_hr)``.
+
+    Returns:
+        ``(output, h_n, c_n)``, the states shaped as in ``hx``. Under autocast all are computed in,
+        and have, the autocast dtype.
+
+    Raises:
+        BackendError: the backend asked for by name cannot run this call.
+        Otherwise what torch's own function raises.
+    """
+    return _stack("lstm", args)  # type: ignore[return-value]
+
+
+def gru(*args: Any) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers; as :func:`lstm`, with ``hx`` the tensor ``h_0``: ``(output, h_n)``."""
+    return _stack("gru", args)  # type: ignore[return-value]
+
+
+def rnn_tanh(*args: Any) -> tuple[Tensor, Tensor]:
+    """A stack of Elman layers with tanh; as :func:`gru`."""
+    return _stack("rnn_tanh", args)  # type: ignore[return-value]
+
+
+def rnn_relu(*args: Any) -> tuple[Tensor, Tensor]:
+    """A stack of Elman layers with ReLU; as :func:`gru`."""
+    return _stack("rnn_relu", args)  # type: ignore[return-value]
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step: input ``[B, I]``, hx ``(h [B, H], c [B, H])`` -> ``(h', c')``."""
+    return _cell("lstm", (input, hx, w_ih, w_hh, b_ih, b_hh))
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One GRU step: input ``[B, I]``, hx ``[B, H]`` -> h' ``[B, H]``."""
+    return _cell("gru", (input, hx, w_ih, w_hh, b_ih, b_hh))
+
+
+def rnn_tanh_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One Elman step with tanh; as :func:`gru_cell`."""
+    return _cell("rnn_tanh", (input, hx, w_ih, w_hh, b_ih, b_hh))
+
+
+def rnn_relu_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One Elman step with ReLU; as :func:`gru_cell`."""
+    return _cell("rnn_relu", (input, hx, w_ih, w_hh, b_ih, b_hh))
+
+
+# ---- what both kinds share ---------------------------------------------------------------------
+
+
+def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):
+        return _in_autocast_dtype(_stack, cell, args)
+    if len(args) != 9:
+        return _by_torch(cell, args, "the arguments match neither signature")
+    if isinstance(args[3], (list, tuple)):
+        input, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
+        batch_first = False
+    else:
+        input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        batch_sizes = None
+    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+    directions = 2 if bidirectional else 1
+
+    if not isinstance(params, (list, tuple)):
+        return _by_torch(cell, args, "params is no list of tensors")
+    reason = _unknown((input, *states, *params))
+    if reason is None:
+        if batch_first and input.dim() == 3:
+            input = input.transpose(0, 1)
+        reason = _misshapen(cell, input, batch_sizes, states, params, has_biases, num_layers, directions)
+    if reason is not None:
+        return _by_torch(cell, args, reason)
+    backend, reason = _backend(cell, input, batch_sizes, states, params)
+    if backend == "torch":
+        return _by_torch(cell, args, reason)
+
+    per_layer = len(params) // num_layers
+    lasts = []
+    output = input
+    for k in range(num_layers):
+        output, last = ops.layer(
+            output,
+            batch_sizes,
+            params[k * per_layer : (k + 1) * per_layer],
+            states if num_layers == 1 else [s[k * directions : (k + 1) * directions] for s in states],
+            cell,
+            directions,
+            backend,
+        )
+        lasts.append(last)
+        if dropout != 0 and train and k < num_layers - 1:
+            output = torch.dropout(output, dropout, True)
+    if batch_first:
+        output = output.transpose(0, 1)
+    return (output, *(lasts[0] if num_layers == 1 else map(torch.cat, zip(*lasts))))
+
+
+def _cell(cell: str, args: tuple[Any, ...]) -> Any:
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):
+        return _in_autocast_dtype(_cell, cell, args)
+    input, hx, w_ih, w_hh, b_ih, b_hh = args
+    states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
+    has_biases = b_ih is not None or b_hh is not None
+    params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
+
+    reason = _unknown((input, *states, *params))
+    if reason is None:
+        input, states = input.unsqueeze(0), tuple([s.unsqueeze(0) for s in states])
+        reason = _misshapen(cell, input, None, states, params, has_biases, 1, 1)
+    if reason is not None:
+        return _by_torch(f"{cell}_cell", args, reason)
+    backend, reason = _backend(cell, input, None, states, params)
+    if backend == "torch":
+        return _by_torch(f"{cell}_cell", args, reason)
+    _, last = ops.layer(input, None, params, states, cell, 1, backend)
+    return (last[0].squeeze(0), last[1].squeeze(0)) if len(last) == 2 else last[0].squeeze(0)
+
+
+def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any, ...]) -> Any:
+    """Compute and return in the autocast dtype, states included; fp64 is left alone, as in torch."""
+    device_type = args[0].device.type
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [cast(a) for a in arg]
+        eligible = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype is not torch.float64
+        return arg.to(dtype) if eligible else arg
+
+    with torch.autocast(device_type, enabled=False):
+        return function(cell, tuple(cast(arg) for arg in args))
+
+
+def _by_torch(name: str, args: tuple[Any, ...], reason: str) -> Any:
+    """Torch's own function. What it refuses, it refuses in its own words, before ours are needed."""
+    result = getattr(_VF, name)(*args)
+    wanted = select.requested()
+    if wanted is not None and wanted != "torch":
+        raise select.BackendError(f"backend {wanted!r} was asked for and cannot run this call: {reason}")
+    return result
+
+
+def _unknown(tensors: Sequence[Any]) -> str | None:
+    """Why these are not tensors of one known kind, dtype and device, held by no tracer."""
+    first = tensors[0]
+    for t in tensors:
+        if type(t) not in _TENSORS:
+            return f"{type(t).__name__} is no plain tensor"
+        if t.layout is not torch.strided or t.is_neg():
+            return "a sparse or lazily negated tensor has no plain memory"
+        if t.dtype is not first.dtype or t.device != first.device:
+            return "the tensors differ in dtype or device"
+    if first.dtype not in _DTYPES:
+        return f"{first.dtype} is no dtype of fusedrnn"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records torch's operators"
+    return "meta tensors hold no values" if first.is_meta else None
+
+
+def _misshapen(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    directions: int,
+) -> str | None:
+    """Why these shapes are no call: kernels read raw memory by them."""
+    spec = CELLS[cell]
+    if len(states) != len(spec.states) or input.dim() != (3 if batch_sizes is None else 2):
+        return "the number of states or of the input's dimensions is wrong"
+    if any(s.dim() != 3 for s in states):
+        return "a state is not 3-D"
+    if input.shape[0] == 0:
+        return "there is no time step"
+    batch = states[0].shape[1] if batch_sizes is not None else input.shape[1]
+    proj, hidden = states[0].shape[2], states[-1].shape[2]
+    rows = len(spec.gates) * hidden
+    expected: list[tuple[int, ...]] = [(rows, proj)]
+    if has_biases:
+        expected += [(rows,), (rows,)]
+    if proj != hidden:
+        expected += [(proj, hidden)]
+    per_direction = 1 + len(expected)
+    if len(params) != num_layers * directions * per_direction:
+        return "the number of weights is wrong"
+    for s in states:
+        if s.shape[0] != num_layers * directions or s.shape[1] != batch:
+            return "a state has the wrong shape"
+    width = input.shape[-1]
+    for i in range(0, len(params), per_direction):
+        if i == directions * per_direction:
+            width = directions * proj
+        if params[i].shape != (rows, width):
+            return "weight_ih has the wrong shape"
+        for j, shape in enumerate(expected, i + 1):
+            if params[j].shape != shape:
+                return "a weight has the wrong shape"
+    if batch_sizes is not None and type(batch_sizes) is Tensor and not torch.compiler.is_compiling():
+        return _unpackable(batch_sizes, input.shape[0], batch)
+    return None
+
+
+def _unpackable(batch_sizes: Tensor, rows: int, batch: int) -> str | None:
+    if batch_sizes.device.type != "cpu" or batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1:
+        return "batch_sizes is no int64 vector on the CPU"
+    if int(batch_sizes[0]) != batch:
+        return "batch_sizes does not fit the states"
+    sizes = batch_sizes.tolist()
+    if sizes[-1] < 1 or sum(sizes) != rows or sizes != sorted(sizes, reverse=True):
+        return "batch_sizes does not fit the packed data"
+    return None
+
+
+def _backend(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+) -> tuple[str, str]:
+    """The backend to run on, and why where that is torch itself."""
+    wanted, device, dtype = select.requested(), input.device, input.dtype
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return "torch", "ONNX knows torch's operators"
+    elif wanted is None:
+        steps = input if batch_sizes is None else batch_sizes
+        _, batch, hidden = states[-1].shape
+        train = torch.is_grad_enabled() and (input.requires_grad or params[0].requires_grad)
+        reason = hand_over.reason(cell, device.type, dtype, steps.shape[0], batch, hidden, train)
+        if reason is not None:
+            return "torch", reason
+    return _chosen(cell, dtype, device.type, wanted), "asked for by name"
+
+
+def _chosen(cell: str, dtype: torch.dtype, device_type: str, wanted: str | None) -> str:
+    # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
+    return select.choose(select.Request(cell, dtype, device_type)).backend
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,7 +1,10 @@
 """fusedrnn: fused recurrent kernels for PyTorch, as drop-in modules."""
 
+from ._dynamo import make_traceable
 from .backends.select import BackendError, use_backend
+from .enable import disable, enable
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .replace import replace
 
 __all__ = [
     "GRU",
@@ -11,5 +14,11 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "disable",
+    "enable",
+    "replace",
     "use_backend",
 ]
+
+make_traceable(RNN, LSTM, GRU)
+del make_traceable

@@ -1,0 +1,134 @@
+"""`python -m fusedrnn doctor`: what runs on this machine, and what does not and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import terminal
+from .backends import native, select
+
+_SLOW = (
+    "The native kernels are not built, so recurrent layers run as a Python loop over time, which is slower "
+    "than torch.nn. With a C++17 compiler (g++) on PATH, install fusedrnn again to build them."
+)
+_LIBRARIES = ("fusedrnn", "torch", "triton", "numpy", "pybind11", "rich", "pytest", "hypothesis")
+
+
+def cpu_model() -> str:
+    """The processor's name as the operating system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def version(library: str) -> str | None:
+    """The version of an installed distribution; None if there is none."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend, with the reason why it cannot be used, or None."""
+    return {**{name: select.get(name).unavailable() for name in select.ORDER}, "torch": None}
+
+
+def kernels() -> Any:
+    """The compiled module."""
+    return import_module(f"{__package__}._C")
+
+
+def instruction_sets() -> list[str]:
+    """What the native kernels can use here, the best last; empty without them."""
+    if native.unavailable() is not None:
+        return []
+    found: list[str] = kernels().isa_levels()
+    return found
+
+
+def instruction_set() -> str:
+    """What the native kernels use; the reason where FUSEDRNN_ISA asks for one that is not there."""
+    reason = native.unavailable()
+    if reason is not None:
+        return f"missing ({reason})"
+    try:
+        return native.isa()
+    except ValueError as error:
+        return f"missing ({error})"
+
+
+def _compiler() -> str:
+    path = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    if path is None:
+        return "missing (no g++ on PATH, nor the compiler that CXX names)"
+    first, *_ = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.splitlines() or [
+        path
+    ]
+    return first
+
+
+def _machine() -> list[tuple[str, str]]:
+    return [
+        ("platform", platform.platform()),
+        ("cpu", cpu_model()),
+        ("cores", str(os.cpu_count())),
+        ("torch threads", str(torch.get_num_threads())),
+        ("torch cpu capability", torch.backends.cpu.get_cpu_capability()),
+        ("oneDNN", "available" if torch.backends.mkldnn.is_available() else "missing"),
+        ("MKL", "available" if torch.backends.mkl.is_available() else "missing"),
+    ]
+
+
+def _native() -> list[tuple[str, str]]:
+    reason = native.unavailable()
+    if reason is not None:
+        return [("fusedrnn._C", f"missing ({reason})")]
+    return [
+        ("fusedrnn._C", "available"),
+        ("instruction set", instruction_set()),
+        ("instruction sets of this cpu", " ".join(instruction_sets())),
+        ("cpu features", " ".join(native.cpu_features())),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 0, or 1 when the native backend cannot be used."""
+    argparse.ArgumentParser(
+        prog="python -m fusedrnn doctor", description="What runs on this machine, and what does not and why."
+    ).parse_args(argv)
+    found = backends()
+    variables = sorted((k, v) for k, v in os.environ.items() if k.startswith("FUSEDRNN_"))
+    sections = {
+        "Backends": [
+            (name, "available" if why is None else f"missing ({why})") for name, why in found.items()
+        ],
+        "Native kernels": _native(),
+        "Machine": _machine(),
+        "Versions": [
+            ("python", platform.python_version()),
+            *((name, version(name) or "missing") for name in _LIBRARIES),
+            ("c++ compiler", _compiler()),
+        ],
+        "Variables": variables or [("FUSEDRNN_*", "none set")],
+    }
+    for title, rows in sections.items():
+        terminal.heading(title)
+        terminal.table(("", ""), rows)
+    if found["native"] is not None:
+        print(f"\n{_SLOW}")
+        return 1
+    return 0

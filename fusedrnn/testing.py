@@ -1,0 +1,230 @@
+"""Parity with PyTorch as public API: one error budget, for outputs and every gradient.
+
+    from fusedrnn.testing import assert_parity
+    print(assert_parity(fusedrnn.LSTM(64, 128)))
+
+For tensors computed some other way there are :func:`check` and, for a single one, :func:`compare`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from .backends.select import use_backend
+from .budget import Parity, Row, check, compare, rounding
+
+__all__ = [
+    "Parity", "Row", "assert_parity", "check", "compare", "draw_inputs", "parity", "poison", "rounding",
+    "stock",
+]  # fmt: skip
+
+STOCK = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Fill what torch.empty and its kin allocate with NaN (integers: their largest value).
+
+    A kernel that reads a buffer before writing it, or leaves part of its output unwritten, then
+    yields NaN. Rests on ``torch.utils.deterministic.fill_uninitialized_memory``.
+    """
+    settings: Any = torch.utils.deterministic
+    before = (
+        settings.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
+
+
+def stock(module: nn.Module) -> nn.Module:
+    """The torch.nn module that ``module`` stands for: a deep copy of it, under torch's own class.
+
+    Raises:
+        TypeError: ``module`` is not one of torch's recurrent modules or a subclass, or it is
+            parametrized, which ties its class to its weights.
+    """
+    for cls in type(module).__mro__:
+        if cls in STOCK:
+            break
+    else:
+        expected = ", ".join(c.__name__ for c in STOCK)
+        raise TypeError(
+            f"module: expected a subclass of {expected}, got {type(module).__name__}; give a reference"
+        )
+    if is_parametrized(module):
+        raise TypeError(f"module: {type(module).__name__} is parametrized; give a reference")
+    twin = copy.deepcopy(module)
+    twin.__class__ = cls
+    return twin
+
+
+def draw_inputs(
+    module: nn.Module, *, time: int = 7, batch: int = 5, lengths: Sequence[int] | None = None, seed: int = 0
+) -> tuple[Any, ...]:
+    """Random ``(input, hx)`` for a recurrent module of torch.nn or a subclass, in its dtype and device.
+
+    Args:
+        time: T; ignored for cells.
+        batch: B.
+        lengths: one per sequence, in any order: the input is then a PackedSequence.
+    """
+    make = torch.Generator().manual_seed(seed)
+    like = next(module.parameters())
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make, dtype=torch.float64).to(like)
+
+    if isinstance(module, nn.RNNCellBase):
+        h = draw(batch, module.hidden_size)
+        hx = (h, draw(batch, module.hidden_size)) if isinstance(module, nn.LSTMCell) else h
+        return draw(batch, module.input_size), hx
+    if not isinstance(module, nn.RNNBase):
+        raise TypeError(
+            f"module: expected a recurrent module of torch.nn, got {type(module).__name__}; give inputs"
+        )
+    if lengths is not None:
+        time, batch = max(lengths), len(lengths)
+    input: Any = draw(*((batch, time) if module.batch_first else (time, batch)), module.input_size)
+    if lengths is not None:
+        input = pack_padded_sequence(input, torch.tensor(lengths), module.batch_first, enforce_sorted=False)
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    h = draw(rows, batch, module.proj_size or module.hidden_size)
+    return input, (h, draw(rows, batch, module.hidden_size)) if isinstance(module, nn.LSTM) else h
+
+
+def parity(
+    module: nn.Module,
+    reference: nn.Module | None = None,
+    inputs: Any = None,
+    *,
+    gradients: bool = True,
+    second_order: bool = False,
+    seed: int = 0,
+) -> Parity:
+    """Compare ``module`` with ``reference`` under the budget of :func:`check`.
+
+    Compared are the outputs, and with ``gradients`` the gradient of every floating input and of
+    every parameter that requires one, for random gradients of all outputs. ``module`` runs on
+    poisoned buffers (:func:`poison`). Neither module is changed, nor is the random state.
+
+    Args:
+        module: the module under test, on the backend in force.
+        reference: PyTorch's own path, with the same parameter names and values, in the dtype of
+            ``module``; by default ``stock(module)``. The oracle is its deep copy in fp64.
+        inputs: the positional arguments as a tuple, or the only one; by default :func:`draw_inputs`.
+        gradients: compare gradients.
+        second_order: compare also the gradient of the norm of all those gradients.
+        seed: of the inputs that are drawn, of the output gradients, and of each run (dropout).
+
+    Raises:
+        TypeError: ``module`` is not a recurrent module, and ``reference`` or ``inputs`` is missing.
+    """
+    reference = stock(module) if reference is None else reference
+    inputs = draw_inputs(module, seed=seed) if inputs is None else inputs
+    if not isinstance(inputs, tuple) or isinstance(inputs, PackedSequence):
+        inputs = (inputs,)
+    named = inspect.signature(reference.forward).bind(*inputs).arguments
+
+    exact, widened = copy.deepcopy(reference).double(), _map(named, Tensor.double)
+
+    def own(which: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+        with use_backend("torch"):  # also under enable(), which sends stock modules to the kernels
+            return _run(which, arguments, gradients, second_order, seed)
+
+    with torch.random.fork_rng(devices=[]):
+        with poison():
+            ours = _run(module, named, gradients, second_order, seed)
+        return check(ours, own(reference, named), lambda: own(exact, widened))
+
+
+def assert_parity(
+    module: nn.Module, reference: nn.Module | None = None, inputs: Any = None, **options: Any
+) -> Parity:
+    """:func:`parity`, with its arguments; returns the rows if all are within budget.
+
+    Raises:
+        AssertionError: a row is not; it names the tensor, the error, where, and the budget.
+        TypeError: as :func:`parity`.
+    """
+    result = parity(module, reference, inputs, **options)
+    if not result.ok:
+        lines = [f"{type(module).__name__} is not at parity with torch:", *map(str, result.failures)]
+        raise AssertionError("\n  ".join(lines))
+    return result
+
+
+def _run(
+    module: nn.Module, inputs: dict[str, Any], gradients: bool, second_order: bool, seed: int
+) -> dict[str, Tensor | None]:
+    """Every tensor to compare, by name."""
+    torch.manual_seed(seed)
+    wanted = gradients or second_order
+    # detached, not cloned: strides and overlaps are part of the input
+    inputs = _map(inputs, lambda t: t.detach().requires_grad_(wanted))
+    with torch.set_grad_enabled(wanted):
+        outputs = dict(_named(module(*inputs.values()), "output"))
+    found: dict[str, Tensor | None] = {**outputs}
+    if not wanted:
+        return found
+
+    leaves = [leaf for name, value in inputs.items() for leaf in _named(value, name)]
+    leaves += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    tensors = [leaf for _, leaf in leaves]
+    make = torch.Generator().manual_seed(seed + 2)
+    # small integers are exact in every dtype: the oracle sees the same numbers
+    pull = [torch.randint(-4, 5, t.shape, generator=make).to(t) for t in outputs.values()]
+    kept = [(t, g) for t, g in zip(outputs.values(), pull) if t.requires_grad]
+    first = torch.autograd.grad(
+        [t for t, _ in kept], tensors, [g for _, g in kept], create_graph=second_order, allow_unused=True
+    )
+    if gradients:
+        found |= {f"grad {name}": g for (name, _), g in zip(leaves, first)}
+    if second_order:
+        squares = [g.double().square().sum() for g in first if g is not None and g.requires_grad]
+        second = torch.autograd.grad(torch.stack(squares).sum().sqrt(), tensors, allow_unused=True)
+        found |= {f"second {name}": g for (name, _), g in zip(leaves, second)}
+    return found
+
+
+def _named(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The floating tensors of a nested value, each with its path."""
+    if isinstance(tree, PackedSequence):
+        yield from _named(tree.data, f"{name}.data")
+    elif isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            yield name, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _named(value, f"{name}[{key!r}]")
+    elif isinstance(tree, (tuple, list)):
+        for i, value in enumerate(tree):
+            yield from _named(value, f"{name}[{i}]")
+
+
+def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to the floating tensors of a nested value."""
+    if isinstance(tree, PackedSequence):
+        return tree._replace(data=_map(tree.data, function))
+    if isinstance(tree, Tensor):
+        return function(tree) if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {key: _map(value, function) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_map(value, function) for value in tree)
+    return tree

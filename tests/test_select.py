@@ -1,0 +1,248 @@
+"""Which backend runs: the table, explicit requests, the warning, and explain."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fusedrnn
+from fusedrnn.backends import hand_over, select
+from fusedrnn.explain import explain
+
+LSTM = select.Request("lstm", torch.float32, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No request in force and nothing remembered, before and after."""
+
+    def forget() -> None:
+        select._table.cache_clear()
+        select._say_once.cache_clear()
+
+    forget()
+    with select.use_backend("auto"):
+        yield
+    forget()
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select.get("native"), "unavailable", lambda: "it is not built")
+
+
+@pytest.fixture
+def native_of_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native backend that can run everything but GRUs, whether it is built or not."""
+    native = select.get("native")
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    monkeypatch.setattr(
+        native, "unsupported", lambda cell, dtype, device: "has no GRU" if cell == "gru" else None
+    )
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def test_the_first_that_can_run_is_chosen(native_of_sorts: None) -> None:
+    choice = select.choose(LSTM)
+    assert (choice.backend, choice.why_not) == ("native", {})
+
+
+@pytest.mark.filterwarnings("ignore:fusedrnn runs its reference path")
+def test_the_reference_takes_what_no_kernel_does(native_of_sorts: None) -> None:
+    choice = select.choose(select.Request("gru", torch.float32, "cpu"))
+    assert (choice.backend, choice.why_not) == ("reference", {"native": "has no GRU"})
+    assert str(choice).splitlines()[1] == "  not native: has no GRU"
+
+
+def test_nothing_can_run_an_integer() -> None:
+    with pytest.raises(select.BackendError, match=r"reference: torch.int32 is not a floating dtype"):
+        select.choose(select.Request("lstm", torch.int32, "cpu"))
+
+
+def test_the_fallback_is_said_once_per_reason(no_native: None) -> None:
+    with pytest.warns(UserWarning, match=r"reference path, which is slow \(native: it is not built\)"):
+        select.choose(LSTM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            select.choose(LSTM)
+            select.choose(select.Request("rnn_tanh", torch.float64, "cpu"))
+
+
+def test_a_module_on_the_reference_says_so(no_native: None) -> None:
+    with pytest.warns(UserWarning, match="reference path"):
+        fusedrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+
+
+# ---- explicit requests -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Native"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of native, reference, torch or auto, got"):
+        select.use_backend(name)
+    assert select.requested() is None
+
+
+def test_a_request_never_falls_back(no_native: None) -> None:
+    module = fusedrnn.LSTM(2, 3)
+    with (
+        fusedrnn.use_backend("native"),
+        pytest.raises(fusedrnn.BackendError, match="'native' was asked for and cannot run this: it is not"),
+    ):
+        module(torch.zeros(1, 1, 2))
+
+
+def test_a_request_that_the_kernels_lack_never_falls_back(native_of_sorts: None) -> None:
+    with (
+        fusedrnn.use_backend("native"),
+        pytest.raises(fusedrnn.BackendError, match="has no GRU"),
+    ):
+        fusedrnn.GRU(2, 3)(torch.zeros(1, 1, 2))
+
+
+def test_requests_warn_about_nothing() -> None:
+    with fusedrnn.use_backend("reference"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusedrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+
+
+def test_requests_nest_and_end() -> None:
+    with fusedrnn.use_backend("reference"):
+        with fusedrnn.use_backend("torch"):
+            assert select.requested() == "torch"
+            with fusedrnn.use_backend("auto"):
+                assert select.requested() is None
+        assert select.requested() == "reference"
+        with pytest.raises(KeyError), fusedrnn.use_backend("torch"):
+            raise KeyError
+        assert select.requested() == "reference"
+    assert select.requested() is None
+
+
+def test_a_request_without_with_stays() -> None:
+    fusedrnn.use_backend("reference")
+    assert select.requested() == "reference"
+    fusedrnn.use_backend("auto")
+    assert select.requested() is None
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_the_request_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    layer = fusedrnn.ops.layer
+    monkeypatch.setattr(fusedrnn.ops, "layer", lambda *args: seen.append(args[-1]) or layer(*args))
+    with fusedrnn.use_backend(name):
+        fusedrnn.GRU(2, 3, num_layers=2)(torch.zeros(4, 1, 2))
+    assert seen == ([name] * 2 if name != "torch" else [])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reference", "'reference'"),
+        ("torch", "'torch'"),
+        ("auto", "None"),
+        ("", "None"),
+        ("gpu", "ValueError"),
+    ],
+)
+def test_the_environment_asks_too(value: str, expected: str) -> None:
+    code = "from fusedrnn.backends import select; print(repr(select.requested()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FUSEDRNN_BACKEND": value, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in done.stdout + done.stderr
+
+
+# ---- explain -----------------------------------------------------------------------------------
+
+
+def test_explain_gives_a_reason_for_every_backend(native_of_sorts: None) -> None:
+    choice = explain(fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2))
+    assert choice.backend == "native"
+    assert choice.why_not == {
+        "reference": "native comes first and can run this",
+        "torch": "not measured faster at this size",
+    }
+    assert str(choice).splitlines()[0] == "native: the first of the table that can run this"
+
+
+@pytest.mark.filterwarnings("ignore:fusedrnn runs its reference path")
+def test_explain_says_why_kernels_are_not_used(native_of_sorts: None) -> None:
+    choice = explain(fusedrnn.GRUCell(2, 3), torch.zeros(1, 2))
+    assert choice.backend == "reference"
+    assert choice.why_not["native"] == "has no GRU"
+
+
+def test_explain_follows_a_request(native_of_sorts: None) -> None:
+    with fusedrnn.use_backend("torch"):
+        choice = explain(fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2))
+    assert (choice.backend, choice.why_not["native"]) == ("torch", "another was asked for by name")
+    with fusedrnn.use_backend("native"), pytest.raises(fusedrnn.BackendError, match="has no GRU"):
+        explain(fusedrnn.GRU(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "input", "sizes"),
+    [
+        (fusedrnn.LSTM(2, 3), torch.zeros(4, 5, 2), ("lstm", 4, 5, 3)),
+        (fusedrnn.GRU(2, 3, batch_first=True), torch.zeros(4, 5, 2), ("gru", 5, 4, 3)),
+        (fusedrnn.RNN(2, 3, nonlinearity="relu"), torch.zeros(4, 2), ("rnn_relu", 4, 1, 3)),
+        (fusedrnn.RNNCell(2, 3), torch.zeros(6, 2), ("rnn_tanh", 1, 6, 3)),
+        (fusedrnn.GRUCell(2, 3), torch.zeros(2), ("gru", 1, 1, 3)),
+        (
+            fusedrnn.LSTM(2, 3),
+            nn.utils.rnn.pack_sequence([torch.zeros(n, 2) for n in (7, 4, 1)]),
+            ("lstm", 7, 3, 3),
+        ),
+    ],
+)
+def test_explain_asks_where_torch_is_faster(
+    module: Any, input: Any, sizes: tuple[str, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def reason(cell: str, device_type: str, dtype: torch.dtype, *rest: Any) -> str:
+        seen.append((cell, *rest))
+        return "torch is faster here"
+
+    monkeypatch.setattr(hand_over, "reason", reason)
+    choice = explain(module, input)
+    with torch.no_grad():
+        assert explain(module, input) == choice
+        module(input)  # the call asks the same
+    assert (choice.backend, choice.why) == ("torch", "torch is faster here")
+    assert set(choice.why_not) == set(select.ORDER)
+    assert seen == [(*sizes, True), (*sizes, False), (*sizes, False)]
+
+
+def test_explain_a_stock_module_and_what_is_none() -> None:
+    choice = explain(nn.LSTM(2, 3), torch.zeros(4, 1, 2))
+    assert choice.backend == "torch"
+    assert "stock LSTM" in choice.why
+    with pytest.raises(TypeError, match="module: expected a recurrent module, got Linear"):
+        explain(nn.Linear(2, 2))
+
+
+def test_explain_knows_autocast(native_of_sorts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = select.get("native")
+    monkeypatch.setattr(native, "unsupported", lambda cell, dtype, device: f"no {dtype}")
+    with torch.autocast("cpu", torch.bfloat16), fusedrnn.use_backend("native"):
+        with pytest.raises(fusedrnn.BackendError, match=r"no torch.bfloat16"):
+            explain(fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2))
+        with pytest.raises(fusedrnn.BackendError, match=r"no torch.float64"):
+            explain(fusedrnn.LSTM(2, 3, dtype=torch.float64), torch.zeros(4, 1, 2, dtype=torch.float64))

@@ -70,7 +70,7 @@ class Build(build_ext):
 
     def build_extensions(self) -> None:
         if not self.compiles():
-            say("no working C++17 compiler with OpenMP: installed without _C, only the reference path will run")
+            say("no working C++17 compiler with OpenMP: installed without _C, so without fused kernels")
             self.extensions = []
             return
         check_cuda()

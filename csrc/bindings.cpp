@@ -29,20 +29,24 @@ Shape read_shape(const py::tuple& t) {
 // would cost more than a short scan.
 template <class T>
 void read(const py::tuple& t, ForwardDirection<T>& d) {
-  if (t.size() != 18) throw std::invalid_argument("forward: a direction has 18 fields");
+  if (t.size() != 22) throw std::invalid_argument("forward: a direction has 22 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
-  d.x_gates = pointer<const T>(t[7]);
-  d.weight_hh = pointer<const T>(t[8]);
-  d.bias_hh = pointer<const T>(t[9]);
-  d.weight_hr = pointer<const T>(t[10]);
-  d.output = pointer<T>(t[11]);
-  d.output_stride = integer(t[12]);
-  d.state0 = pointer<T>(t[13]);
-  d.state1 = pointer<T>(t[14]);
-  d.gates = pointer<T>(t[15]);
-  d.extra = pointer<T>(t[16]);
-  d.raw = pointer<T>(t[17]);
+  d.input = pointer<const T>(t[7]);
+  d.inputs = integer(t[8]);
+  d.packed = integer(t[9]) != 0;
+  d.weight_ih = pointer<const T>(t[10]);
+  d.weight_hh = pointer<const T>(t[11]);
+  d.bias_ih = pointer<const T>(t[12]);
+  d.bias_hh = pointer<const T>(t[13]);
+  d.weight_hr = pointer<const T>(t[14]);
+  d.output = pointer<T>(t[15]);
+  d.output_stride = integer(t[16]);
+  d.state0 = pointer<T>(t[17]);
+  d.state1 = pointer<T>(t[18]);
+  d.gates = pointer<T>(t[19]);
+  d.extra = pointer<T>(t[20]);
+  d.raw = pointer<T>(t[21]);
 }
 
 template <class T>

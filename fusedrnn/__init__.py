@@ -3,6 +3,7 @@
 from ._dynamo import make_traceable
 from .backends.select import BackendError, use_backend
 from .enable import disable, enable
+from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import replace
 
@@ -16,6 +17,7 @@ __all__ = [
     "RNNCell",
     "disable",
     "enable",
+    "explain",
     "replace",
     "use_backend",
 ]

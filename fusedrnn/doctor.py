@@ -18,10 +18,11 @@ from . import terminal
 from .backends import native, select
 
 _SLOW = (
-    "The native kernels are not built, so recurrent layers run as a Python loop over time, which is slower "
-    "than torch.nn. With a C++17 compiler (g++) on PATH, install fusedrnn again to build them."
+    "The native kernels are not built, so plain calls run torch's own path, no faster than torch.nn, and "
+    "compiled graphs and function transforms run the reference, a Python loop over time, which is slow. "
+    "With a C++17 compiler (g++) on PATH, install fusedrnn again to build them."
 )
-_LIBRARIES = ("fusedrnn", "torch", "triton", "numpy", "pybind11", "rich", "pytest", "hypothesis")
+_LIBRARIES = ("fusedrnn", "triton", "numpy", "pybind11", "rich", "pytest", "hypothesis")
 
 
 def cpu_model() -> str:
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Machine": _machine(),
         "Versions": [
             ("python", platform.python_version()),
-            *((name, version(name) or "missing") for name in _LIBRARIES),
+            ("torch", torch.__version__),
+            *((name, version(name) or "not installed") for name in _LIBRARIES),
             ("c++ compiler", _compiler()),
         ],
         "Variables": variables or [("FUSEDRNN_*", "none set")],

@@ -56,12 +56,6 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@functools.cache
-def _has_kernel(cell: str, dtype: torch.dtype) -> bool:
-    request = select.Request(cell, dtype, "cpu")
-    return any(select.against(name, request) is None for name in select.ORDER if name != "reference")
-
-
 def _takes(keys: DispatchKeySet, cell: str, input: torch.Tensor) -> bool:
     return (
         keys.raw_repr() in _PLAIN
@@ -69,7 +63,7 @@ def _takes(keys: DispatchKeySet, cell: str, input: torch.Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         # torch's output dtypes under autocast differ by cell and layout; ours are one rule
         and not torch.is_autocast_enabled("cpu")
-        and (select.requested() is not None or _has_kernel(cell, input.dtype))
+        and (select.requested() is not None or not select.no_kernel(select.Request(cell, input.dtype, "cpu")))
     )
 
 

@@ -47,7 +47,8 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     if isinstance(data, Tensor):
         train = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
         sizes = _sizes(module, first)
-        reason = hand_over.reason(request.cell, device_type, dtype, *sizes, module.hidden_size, train)
+        function = request.cell + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
+        reason = hand_over.reason(function, device_type, dtype, *sizes, module.hidden_size, train)
         if reason is not None:
             against = {name: select.against(name, request) for name in select.ORDER}
             return select.Choice(

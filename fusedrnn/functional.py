@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._C._functorch as functorch
 from torch import _VF, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -127,6 +128,11 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
     if not isinstance(params, (list, tuple)):
         return _by_torch(cell, args, "params is no list of tensors")
+    steps = input if batch_sizes is None else batch_sizes
+    if type(steps) is Tensor and steps.dim() > batch_first:
+        reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states[-1], params[0])
+        if reason is not None:
+            return _by_torch(cell, args, reason)
     reason = _unknown((input, *states, *params))
     if reason is None:
         if batch_first and input.dim() == 3:
@@ -134,7 +140,7 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         reason = _misshapen(cell, input, batch_sizes, states, params, has_biases, num_layers, directions)
     if reason is not None:
         return _by_torch(cell, args, reason)
-    backend, reason = _backend(cell, input, batch_sizes, states, params)
+    backend, reason = _backend(cell, input)
     if backend == "torch":
         return _by_torch(cell, args, reason)
 
@@ -167,13 +173,16 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
 
+    reason = _faster_by_torch(f"{cell}_cell", input, 1, states[-1], w_ih)
+    if reason is not None:
+        return _by_torch(f"{cell}_cell", args, reason)
     reason = _unknown((input, *states, *params))
     if reason is None:
         input, states = input.unsqueeze(0), tuple([s.unsqueeze(0) for s in states])
         reason = _misshapen(cell, input, None, states, params, has_biases, 1, 1)
     if reason is not None:
         return _by_torch(f"{cell}_cell", args, reason)
-    backend, reason = _backend(cell, input, None, states, params)
+    backend, reason = _backend(cell, input)
     if backend == "torch":
         return _by_torch(f"{cell}_cell", args, reason)
     _, last = ops.layer(input, None, params, states, cell, 1, backend)
@@ -206,19 +215,24 @@ def _by_torch(name: str, args: tuple[Any, ...], reason: str) -> Any:
 
 def _unknown(tensors: Sequence[Any]) -> str | None:
     """Why these are not tensors of one known kind, dtype and device, held by no tracer."""
-    first = tensors[0]
     for t in tensors:
         if type(t) not in _TENSORS:
             return f"{type(t).__name__} is no plain tensor"
-        if t.layout is not torch.strided or t.is_neg():
-            return "a sparse or lazily negated tensor has no plain memory"
-        if t.dtype is not first.dtype or t.device != first.device:
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for t in tensors:
+        if t.dtype is not dtype or t.device != device:
             return "the tensors differ in dtype or device"
-    if first.dtype not in _DTYPES:
-        return f"{first.dtype} is no dtype of fusedrnn"
+        if t.layout is not torch.strided:
+            return f"{t.layout} is no plain memory"
+    if dtype not in _DTYPES:
+        return f"{dtype} is no dtype of fusedrnn"
+    if device.type == "meta":
+        return "meta tensors hold no values"
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's operators"
-    return "meta tensors hold no values" if first.is_meta else None
+    if not torch.compiler.is_compiling() and any(map(Tensor.is_neg, tensors)):
+        return "the memory of a lazily negated tensor has the other sign"
+    return None
 
 
 def _misshapen(
@@ -233,14 +247,20 @@ def _misshapen(
 ) -> str | None:
     """Why these shapes are no call: kernels read raw memory by them."""
     spec = CELLS[cell]
-    if len(states) != len(spec.states) or input.dim() != (3 if batch_sizes is None else 2):
+    dims = input.dim()
+    if len(states) != len(spec.states) or dims != (3 if batch_sizes is None else 2):
         return "the number of states or of the input's dimensions is wrong"
-    if any(s.dim() != 3 for s in states):
-        return "a state is not 3-D"
+    for s in states:
+        if s.dim() != 3:
+            return "a state is not 3-D"
+    runs, batch, proj = states[0].shape
+    hidden = states[-1].shape[2]
+    if runs != num_layers * directions or (dims == 3 and batch != input.shape[1]):
+        return "a state has the wrong shape"
+    if states[-1].shape != (runs, batch, hidden):
+        return "the states differ in shape"
     if input.shape[0] == 0:
         return "there is no time step"
-    batch = states[0].shape[1] if batch_sizes is not None else input.shape[1]
-    proj, hidden = states[0].shape[2], states[-1].shape[2]
     rows = len(spec.gates) * hidden
     expected: list[tuple[int, ...]] = [(rows, proj)]
     if has_biases:
@@ -248,11 +268,8 @@ def _misshapen(
     if proj != hidden:
         expected += [(proj, hidden)]
     per_direction = 1 + len(expected)
-    if len(params) != num_layers * directions * per_direction:
+    if len(params) != runs * per_direction:
         return "the number of weights is wrong"
-    for s in states:
-        if s.shape[0] != num_layers * directions or s.shape[1] != batch:
-            return "a state has the wrong shape"
     width = input.shape[-1]
     for i in range(0, len(params), per_direction):
         if i == directions * per_direction:
@@ -278,26 +295,27 @@ def _unpackable(batch_sizes: Tensor, rows: int, batch: int) -> str | None:
     return None
 
 
-def _backend(
-    cell: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-) -> tuple[str, str]:
+def _faster_by_torch(function: str, input: Any, time: int, state: Any, weight: Any) -> str | None:
+    """Why torch's own path should run a call, asked first: a small call has no time for checks."""
+    if select.requested() is not None or torch.compiler.is_compiling() or _transformed():
+        return None
+    if type(input) is not Tensor or type(state) is not Tensor or state.dim() < 2:
+        return None
+    train = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    batch, hidden = state.shape[-2:]
+    return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
+
+
+def _backend(cell: str, input: Tensor) -> tuple[str, str]:
     """The backend to run on, and why where that is torch itself."""
-    wanted, device, dtype = select.requested(), input.device, input.dtype
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-            return "torch", "ONNX knows torch's operators"
-    elif wanted is None:
-        steps = input if batch_sizes is None else batch_sizes
-        _, batch, hidden = states[-1].shape
-        train = torch.is_grad_enabled() and (input.requires_grad or params[0].requires_grad)
-        reason = hand_over.reason(cell, device.type, dtype, steps.shape[0], batch, hidden, train)
-        if reason is not None:
-            return "torch", reason
-    return _chosen(cell, dtype, device.type, wanted), "asked for by name"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "torch", "ONNX knows torch's operators"
+    return _chosen(cell, input.dtype, input.device.type, select.requested()), "asked for by name"
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which torch's own path does not know."""
+    return functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _chosen(cell: str, dtype: torch.dtype, device_type: str, wanted: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 _STYLES = {"ok": "green", "available": "green", "RED": "bold red", "missing": "red"}
@@ -32,9 +33,9 @@ def heading(text: str) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under column heads; without heads (all empty) as a list of names and values."""
     console = _console()
+    lines = [list(columns), *map(list, rows)] if any(columns) else [list(row) for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     if console is None:
-        lines = [list(columns), *map(list, rows)] if any(columns) else [list(row) for row in rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
         return
@@ -42,6 +43,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if any(columns):  # a table that is wider than the screen is still better than folded words
+        console.width = max(console.width, sum(widths) + 3 * len(widths))
     grid = Table(box=box.SIMPLE_HEAD if any(columns) else None, show_header=any(columns), pad_edge=False)
     for column in columns:
         grid.add_column(column, overflow="fold")
@@ -61,5 +64,5 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total + 1)
-        yield lambda description: bar.update(task, description=description, advance=1)
+        task, done = bar.add_task("", total=total), count()
+        yield lambda description: bar.update(task, description=description, completed=next(done))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -144,7 +145,9 @@ def parity(
     exact, widened = copy.deepcopy(reference).double(), _map(named, Tensor.double)
 
     def own(which: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
-        with use_backend("torch"):  # also under enable(), which sends stock modules to the kernels
+        # also under enable(), which sends stock modules to the kernels
+        with use_backend("torch"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own path, such as lacking oneDNN
             return _run(which, arguments, gradients, second_order, seed)
 
     with torch.random.fork_rng(devices=[]):

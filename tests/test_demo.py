@@ -11,7 +11,8 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import demo
-from fusedrnn.demo.compare import LEAST, MissingPackage, Pair, interleave, largest_difference
+from fusedrnn.demo import compare
+from fusedrnn.demo.compare import MissingPackage, Pair, interleave, largest_difference
 from fusedrnn.demo.pinyin import PinyinTagger, PinyinTask
 from fusedrnn.demo.voice import VoiceEncoder, VoiceTask, similarity
 
@@ -79,7 +80,8 @@ def test_revert_restores_the_outputs_bit_for_bit():
 
 
 @needs_packages
-def test_main_shows_both_sides(sentences, capsys):
+def test_main_shows_both_sides(sentences, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "LEAST", 2)  # what is printed matters here, not how steady it is
     assert demo.main(["--seconds", "0"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("before") == printed.count("after") >= 5
@@ -135,6 +137,6 @@ def test_interleave_runs_both_sides_alike():
     pair = Pair.__new__(Pair)
     pair.stock, pair.fused = Network(), Network().eval()
     timing = interleave(pair, [1, 2], 0.0)
-    assert calls.count(1) == calls.count(2) > LEAST
+    assert calls.count(1) == calls.count(2) > compare.LEAST
     assert timing.ratio > 1
     assert 0 < timing.low <= timing.high

@@ -188,6 +188,11 @@ def meta_args() -> tuple[Any, ...]:
     return tree_map(dense("gru"), lambda t: t.to("meta"))
 
 
+def negated_args() -> tuple[Any, ...]:
+    x, *rest = dense("gru")
+    return (torch._neg_view(x), *rest)
+
+
 @pytest.fixture
 def no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
@@ -198,7 +203,7 @@ def no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_layer")
 class TestTorchRuns:
-    @pytest.mark.parametrize("make", [complex_args, subclass_args, meta_args])
+    @pytest.mark.parametrize("make", [complex_args, subclass_args, meta_args, negated_args])
     def test_what_no_backend_knows(self, make: Any) -> None:
         args = make()
         ours, theirs = functional.gru(*args), _VF.gru(*args)
@@ -229,7 +234,7 @@ class TestTorchRuns:
         assert asked == [
             ("lstm", "cpu", torch.float32, T, B, H, False),
             ("gru", "cpu", torch.float32, T, B, H, False),
-            ("gru", "cpu", torch.float32, 1, B, H, True),
+            ("gru_cell", "cpu", torch.float32, 1, B, H, True),
         ]
 
     def test_under_jit_trace(self) -> None:
@@ -247,6 +252,7 @@ class TestTorchRuns:
             "a weight short": (x, h, w[:3], *rest),
             "weight shape": (x, h, [w[0], w[1][:, :2], *w[2:]], *rest),
             "integers": (x.long(), h, w, *rest),
+            "sparse": (x.to_sparse(), h, w, *rest),
             "dtypes": (x.double(), h, w, *rest),
             "devices": (x, h.to("meta"), w, *rest),
             "no tensor": (None, h, w, *rest),

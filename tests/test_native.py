@@ -44,7 +44,9 @@ def poisoned(monkeypatch):
     )
 
 
-def problem(cell, hidden, batch, time, *, inputs=5, directions=1, proj=0, ragged=False, bias=True, dtype=torch.float32):
+def problem(
+    cell, hidden, batch, time, *, inputs=5, directions=1, proj=0, ragged=False, bias=True, dtype=torch.float32
+):
     """The arguments of `forward` between cell and save."""
     torch.manual_seed(hidden * 1000 + batch * 10 + time)
     # gates that saturate in every element would leave gradients that are rounding errors alone
@@ -88,7 +90,7 @@ def everything(backend, cell, x, sizes, weights, states, directions, grads):
 def expected(cell, *shape, dtype=torch.float32, **options):
     """The problem, gradients to send back, the exact results, and those of torch's own precision.
 
-    The latter are on the data and on the data moved by a rounding, six times: one run can be
+    The latter are on the data and on the data moved by a rounding, four times: one run can be
     right by luck, above all in fp64 where it is the oracle itself.
     """
     args = problem(cell, *shape, dtype=dtype, **options)
@@ -102,7 +104,7 @@ def expected(cell, *shape, dtype=torch.float32, **options):
 
     exact = reference_on(torch.Tensor.double)
     runs = [everything(reference, cell, *args, grads)]
-    runs += [reference_on(functools.partial(moved, seed=seed)) for seed in range(6)]
+    runs += [reference_on(functools.partial(moved, seed=seed)) for seed in range(4)]
     return args, grads, exact, list(zip(*runs))
 
 
@@ -119,7 +121,8 @@ def check(cell, *shape, **options):
 
 
 # H, B, T: each awkward in its own way (not a multiple of a vector, of a tile, of a thread)
-SHAPES = [(1, 3, 1), (1, 3, 7), (17, 1, 7), (17, 33, 2), (64, 3, 2), (64, 33, 7), (96, 1, 2), (96, 3, 7), (200, 1, 7), (200, 33, 2)]  # fmt: skip
+SHAPES = [(1, 33, 1), (1, 33, 7), (17, 1, 7), (17, 33, 2), (64, 3, 2), (64, 33, 7), (96, 1, 2), (96, 3, 7)]
+SHAPES += [(200, 1, 7), (200, 33, 2)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -127,9 +130,8 @@ SHAPES = [(1, 3, 1), (1, 3, 7), (17, 1, 7), (17, 33, 2), (64, 3, 2), (64, 33, 7)
 def test_parity(cell, dtype, level, poisoned):
     for i, (hidden, batch, time) in enumerate(SHAPES):
         for directions in (1, 2):
-            for ragged in (False, True):
-                bias = (i + directions) % 3 != 0
-                check(cell, hidden, batch, time, directions=directions, ragged=ragged, bias=bias, dtype=dtype)
+            ragged, bias = (i + directions) % 2 == 0, (i + directions) % 3 != 0
+            check(cell, hidden, batch, time, directions=directions, ragged=ragged, bias=bias, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -156,16 +158,31 @@ def test_every_split_over_threads(cell, split, level):
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("cell", GATES)
-def test_chunks_of_time_change_nothing(cell, ragged, monkeypatch):
-    args = problem(cell, 40, 5, 23, directions=2, ragged=ragged)
-    whole = native.forward(cell, *args, True)
-    monkeypatch.setattr(native, "_CHUNK_ROWS", 12)
-    monkeypatch.setattr(native, "_CHUNK_BYTES", 0)
-    chunked = native.forward(cell, *args, True)
-    for a, b in zip([whole[0], *whole[1], *whole[2]], [chunked[0], *chunked[1], *chunked[2]]):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+def test_many_chunks_of_time(cell, ragged, threads):
+    """More rows than the x_gates that are made at once, many times over, against one step a call."""
+    args = problem(cell, 100, 33, 60, ragged=ragged)
+    x, sizes, weights, states, _ = args
+    expected = []
+    row, steps = 0, [33] * 60 if sizes is None else sizes.tolist()
+    now = [s.clone() for s in states]
+    for t, size in enumerate(steps):
+        step = x[t : t + 1] if sizes is None else x[None, row : row + size]
+        out, last, _ = native.forward(
+            cell, step, None, weights, [s[:, :size].contiguous() for s in now], 1, False
+        )
+        for s, new in zip(now, last):
+            s[:, :size] = new
+        expected.append(out[0])
+        row += size
+    torch.set_num_threads(threads)
+    for _ in range(5):  # threads that share rows run ahead of each other, differently every time
+        output, last, _ = native.forward(cell, *args, False)
+        torch.testing.assert_close(output.reshape(-1, 100), torch.cat(expected), rtol=1e-5, atol=1e-5)
+        for ours, exact in zip(last, now):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -173,8 +190,8 @@ def test_chunks_of_time_change_nothing(cell, ragged, monkeypatch):
 def test_half_is_fp32_rounded_once(cell, dtype):
     args = problem(cell, 33, 3, 5, directions=2, dtype=dtype)
     output, last, _ = native.forward(cell, *args, False)
-    x, sizes, weights, states, directions = args
-    wide = native.forward(cell, x.float(), sizes, [w.float() for w in weights], [s.float() for s in states], 2, False)
+    wide = [[t.float() for t in tensors] for tensors in ([args[0]], *args[2:4])]
+    wide = native.forward(cell, wide[0][0], None, *wide[1:], 2, False)
     for ours, exact in zip([output, *last], [wide[0], *wide[1]]):
         assert ours.dtype is dtype
         assert torch.equal(ours, exact.to(dtype))
@@ -194,7 +211,7 @@ def test_saved_has_the_shapes_it_says():
 def test_what_is_not_needed_is_not_computed():
     args = problem("lstm", 9, 3, 4, directions=2)
     output, last, saved = native.forward("lstm", *args, True)
-    x, sizes, weights, states, directions = args
+    x, sizes, weights, states, _ = args
     needs = (False, [i == 1 for i in range(8)], [False, True])
     found = native.backward("lstm", x, sizes, weights, states, 2, output, saved, None, [None, last[1]], needs)
     assert found[0] is None
@@ -245,11 +262,13 @@ def spacing(exact, dtype):
 
 def apply_math(function, x):
     y = torch.full_like(x, torch.nan)
-    _C.math(x.dtype is torch.float64, ["sigmoid", "tanh"].index(function), x.data_ptr(), y.data_ptr(), x.numel())
+    number = ["sigmoid", "tanh"].index(function)
+    _C.math(x.dtype is torch.float64, number, x.data_ptr(), y.data_ptr(), x.numel())
     return y
 
 
-SPECIAL = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 88.5, -88.5, -104.0, 3e38, -3e38]
+INF = float("inf")
+SPECIAL = [0.0, -0.0, INF, -INF, float("nan"), 1e-45, -1e-45, 88.5, -88.5, -104.0, 3e38, -3e38]
 
 
 @pytest.mark.parametrize("function", ["sigmoid", "tanh"])
@@ -377,7 +396,7 @@ def test_levels():
         _C.set_isa(name)
         assert native.isa() == name
     _C.set_isa("")
-    with pytest.raises(ValueError, match="isa: expected one of portable.*got 'sse9'"):
+    with pytest.raises(ValueError, match=r"isa: expected one of portable.*got 'sse9'"):
         _C.set_isa("sse9")
 
 

@@ -26,7 +26,8 @@ def fresh() -> Iterator[None]:
 
     def forget() -> None:
         select._table.cache_clear()
-        select._say_once.cache_clear()
+        select.say_once.cache_clear()
+        select.no_kernel.cache_clear()
 
     forget()
     with select.use_backend("auto"):
@@ -79,9 +80,13 @@ def test_the_fallback_is_said_once_per_reason(no_native: None) -> None:
             select.choose(select.Request("rnn_tanh", torch.float64, "cpu"))
 
 
-def test_a_module_on_the_reference_says_so(no_native: None) -> None:
-    with pytest.warns(UserWarning, match="reference path"):
-        fusedrnn.LSTM(2, 3)(torch.zeros(1, 1, 2))
+def test_a_module_without_a_kernel_says_what_runs(no_native: None) -> None:
+    lstm, x = fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2)
+    with pytest.warns(UserWarning, match="torch's own path runs.*it is not built"):
+        eager = lstm(x)[0]
+    with pytest.warns(UserWarning, match="reference path.*it is not built"):
+        transformed = torch.func.vmap(lambda x: lstm(x)[0])(x[None])[0]
+    torch.testing.assert_close(eager, transformed)
 
 
 # ---- explicit requests -------------------------------------------------------------------------
@@ -181,10 +186,10 @@ def test_explain_gives_a_reason_for_every_backend(native_of_sorts: None) -> None
     assert str(choice).splitlines()[0] == "native: the first of the table that can run this"
 
 
-@pytest.mark.filterwarnings("ignore:fusedrnn runs its reference path")
+@pytest.mark.filterwarnings("ignore:fusedrnn has no fused kernel")
 def test_explain_says_why_kernels_are_not_used(native_of_sorts: None) -> None:
     choice = explain(fusedrnn.GRUCell(2, 3), torch.zeros(1, 2))
-    assert choice.backend == "reference"
+    assert choice.backend == "torch"
     assert choice.why_not["native"] == "has no GRU"
 
 
@@ -202,8 +207,8 @@ def test_explain_follows_a_request(native_of_sorts: None) -> None:
         (fusedrnn.LSTM(2, 3), torch.zeros(4, 5, 2), ("lstm", 4, 5, 3)),
         (fusedrnn.GRU(2, 3, batch_first=True), torch.zeros(4, 5, 2), ("gru", 5, 4, 3)),
         (fusedrnn.RNN(2, 3, nonlinearity="relu"), torch.zeros(4, 2), ("rnn_relu", 4, 1, 3)),
-        (fusedrnn.RNNCell(2, 3), torch.zeros(6, 2), ("rnn_tanh", 1, 6, 3)),
-        (fusedrnn.GRUCell(2, 3), torch.zeros(2), ("gru", 1, 1, 3)),
+        (fusedrnn.RNNCell(2, 3), torch.zeros(6, 2), ("rnn_tanh_cell", 1, 6, 3)),
+        (fusedrnn.GRUCell(2, 3), torch.zeros(2), ("gru_cell", 1, 1, 3)),
         (
             fusedrnn.LSTM(2, 3),
             nn.utils.rnn.pack_sequence([torch.zeros(n, 2) for n in (7, 4, 1)]),

@@ -203,7 +203,8 @@ void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, in
   const Shape& s = directions[0].shape;
   const Functions<T>& f = functions_of<T>(k);
   const bool projected = directions[0].weight_hr != nullptr;
-  const int64_t elements = forward_scratch(s, sizeof(T), projected), stride = scratch_stride(s.proj, sizeof(T));
+  const int64_t elements = forward_scratch(s, sizeof(T), gates_of(cell), projected),
+                stride = scratch_stride(s.proj, sizeof(T));
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) {
     T* mine = reinterpret_cast<T*>(scratch.get()) + d * elements;

@@ -3,6 +3,9 @@
 // The hidden state lives in two padded scratch buffers, read from one and written to the other, so
 // that threads which share the units of a step need one barrier a step (two with a projection).
 // Both start as the initial state: a row that has not started reads it from either.
+//
+// The x_gates of a chunk of steps are made first, each thread those of its own rows and units, so
+// they need no barrier and are read back from the cache: [ceil(H/W), rows of the chunk, G, W].
 #pragma once
 
 #include "loop.h"
@@ -13,7 +16,7 @@ namespace {
 template <class Cell, class T>
 struct ForwardScan {
   using V = typename Simd<T>::V;
-  static constexpr int W = Simd<T>::kWidth, G = Cell::kGates;
+  static constexpr int W = Simd<T>::kWidth, G = Cell::kGates, kRows = max_rows(G == 1 ? 4 : G);
 
   const ForwardDirection<T>& d;
   const Part& part;
@@ -21,25 +24,107 @@ struct ForwardScan {
   const int64_t H = s.hidden, P = s.proj;
   const int64_t stride = scratch_stride(P, sizeof(T)), raw_stride = scratch_stride(H, sizeof(T));
 
-  // One tile: gates of `blocks` blocks of units from `unit_block` on, of `rows` rows from b0 on.
-  FUSEDRNN_HD void gates(const Clock& now, const T* h /*[B, stride]*/, T* h_new /*[B, stride]*/,
-                         T* raw /*[B, raw_stride]*/, int64_t ending, int64_t unit_block, int64_t blocks,
-                         int64_t b0, int64_t rows) const {
+  // rows @ weight.T for `blocks` blocks of the weight's units.
+  template <int kGates>
+  FUSEDRNN_HD void multiply(int64_t count, int64_t blocks, int64_t k, const T* rows /*[count, k], row_stride*/,
+                            int64_t row_stride, const T* weight, int64_t units, int64_t unit_block,
+                            T* acc /*[count, blocks, kGates, W]*/) const {
+    if (d.packed) {
+      const int64_t block = k * kGates * W;
+      tile_for<T, kGates>(count, blocks)(k, rows, row_stride, weight + unit_block * block, block, acc);
+    } else {
+      unpacked_tile<T, kGates>(count, blocks, k, rows, row_stride, weight, units, unit_block, acc);
+    }
+  }
+
+  // The x_gates of a chunk: row b of the step that is `step` after the chunk's first is at slot
+  // b + base(step). Threads that share out rows move on to the next chunk without waiting, so a row
+  // keeps its slots to itself; one that has all rows lays them out as they are in N.
+  struct Chunk {
+    T* x_gates;     // [ceil(H/W), slots, G, W]
+    int64_t slots;
+    bool all_rows;
+    int64_t row = 0, first_step = 0, end_step = 0;
+  };
+
+  FUSEDRNN_HD int64_t base(const Chunk& c, const Clock& now, int64_t step) const {
+    return c.all_rows ? now.row - c.row : (step - c.first_step) * s.batch;
+  }
+
+  // Rows [row, row + rows) of N into slots from `slot` on, for `blocks` blocks of units.
+  FUSEDRNN_HD void project_input(const Chunk& c, int64_t slot, int64_t unit_block, int64_t blocks, int64_t row,
+                                 int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
-    const int64_t block = P * G * W;
-    tile_for<T, G>(rows, blocks)(P, h + b0 * stride, stride, d.weight_hh + unit_block * block, block, acc);
+    const int64_t I = d.inputs;
+    multiply<G>(rows, blocks, I, d.input + row * I, I, d.weight_ih, H, unit_block, acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W;
       const int n = static_cast<int>(smaller(W, H - u));
-      V bias[G];
-      for (int g = 0; g < G; ++g) bias[g] = d.bias_hh ? load(d.bias_hh + g * H + u, n) : V{};
+      T* to = c.x_gates + ((unit_block + j) * c.slots + slot) * G * W;
+      for (int g = 0; g < G; ++g) {
+        V bias = d.bias_ih ? load(d.bias_ih + g * H + u, n) : V{};
+        // Gates that only ever see the sum of both halves take both biases here.
+        if (d.bias_hh && g != Cell::kSplitGate) bias += load(d.bias_hh + g * H + u, n);
+        for (int64_t r = 0; r < rows; ++r) {
+          store(to + (r * G + g) * W, load(acc + ((r * blocks + j) * G + g) * W) + bias);
+        }
+      }
+    }
+  }
+
+  // Makes the x_gates of as many steps from `now` on as fit.
+  FUSEDRNN_HD void next_chunk(Chunk& c, const Clock& now, int64_t step, Range units) const {
+    Clock end = now;
+    int64_t low = now.row, high = now.row + now.active;
+    c.first_step = step;
+    for (c.end_step = step + 1; c.end_step < s.time; ++c.end_step) {
+      advance(end, !d.reverse);
+      const int64_t l = smaller(low, end.row), h = end.row + end.active > high ? end.row + end.active : high;
+      if ((c.all_rows ? h - l : (c.end_step + 1 - step) * s.batch) > c.slots) break;
+      low = l;
+      high = h;
+    }
+    c.row = low;
+    for_groups(units, kBlocks<G>, false, [&](int64_t unit_block, int64_t blocks) {
+      if (c.all_rows) {
+        const Part whole{0, high - low, high - low, 0, 1, nullptr};
+        for_tiles(whole, high - low, kRows, [&](int64_t slot, int64_t rows) {
+          project_input(c, slot, unit_block, blocks, low + slot, rows);
+        });
+        return;
+      }
+      Clock at = now;
+      for (int64_t i = step; i < c.end_step; ++i) {
+        for_tiles(part, at.active, kRows, [&](int64_t b0, int64_t rows) {
+          project_input(c, base(c, at, i) + b0, unit_block, blocks, at.row + b0, rows);
+        });
+        if (i + 1 < c.end_step) advance(at, !d.reverse);
+      }
+    });
+  }
+
+  // One tile: gates of `blocks` blocks of units from unit_block on, of `rows` rows from b0 on.
+  FUSEDRNN_HD void gates(const Clock& now, const Chunk& c, int64_t slot, const T* h /*[B, stride]*/,
+                         T* h_new /*[B, stride]*/, T* raw /*[B, raw_stride]*/, int64_t ending,
+                         int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
+    alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
+    multiply<G>(rows, blocks, P, h + b0 * stride, stride, d.weight_hh, H, unit_block, acc);
+    for (int64_t j = 0; j < blocks; ++j) {
+      const int64_t u = (unit_block + j) * W;
+      const int n = static_cast<int>(smaller(W, H - u));
+      const T* x_at = c.x_gates + ((unit_block + j) * c.slots + slot) * G * W;
+      V bias{};
+      if constexpr (Cell::kSplitGate >= 0) {
+        if (d.bias_hh) bias = load(d.bias_hh + Cell::kSplitGate * H + u, n);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t b = b0 + r, row = now.row + b;
         V x[G], hg[G], prev[2], next[2], act[G], extra;
         for (int g = 0; g < G; ++g) {
-          x[g] = load(d.x_gates + row * G * H + g * H + u, n);
-          hg[g] = load(acc + ((r * blocks + j) * G + g) * W) + bias[g];
+          x[g] = load(x_at + (r * G + g) * W);
+          hg[g] = load(acc + ((r * blocks + j) * G + g) * W);
         }
+        if constexpr (Cell::kSplitGate >= 0) hg[Cell::kSplitGate] += bias;
         if constexpr (Cell::kDirect) prev[0] = load(h + b * stride + u);
         if constexpr (Cell::kStates == 2) prev[1] = load(d.state1 + b * H + u, n);
         Cell::template forward<V>(x, hg, prev, next, act, extra);
@@ -69,9 +154,7 @@ struct ForwardScan {
                            int64_t ending, int64_t unit_block, int64_t blocks, int64_t b0,
                            int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
-    const int64_t block = H * W;
-    tile_for<T, 1>(rows, blocks)(H, raw + b0 * raw_stride, raw_stride, d.weight_hr + unit_block * block,
-                                 block, acc);
+    multiply<1>(rows, blocks, H, raw + b0 * raw_stride, raw_stride, d.weight_hr, P, unit_block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t b = b0 + r, u = (unit_block + j) * W;
@@ -86,6 +169,8 @@ struct ForwardScan {
     T* h = d.scratch;
     T* h_new = h + s.batch * stride;
     T* raw = h_new + s.batch * stride;
+    Chunk chunk{raw + (d.weight_hr ? s.batch * raw_stride : 0), chunk_rows(s, sizeof(T), G),
+                part.row_count >= s.batch};
     const Range units = share((H + W - 1) / W, part.member, part.members);
     const Range outputs = share((P + W - 1) / W, part.member, part.members);
     Clock now = clock_at(s, d.reverse, d.reverse);
@@ -93,11 +178,12 @@ struct ForwardScan {
       // Rows from `ending` on have their last step now.
       const int64_t ending = d.reverse ? (now.t == 0 ? 0 : now.active) : now.size(now.t + 1);
       const bool backwards = step & 1;
+      if (step == chunk.end_step) next_chunk(chunk, now, step, units);
+      const int64_t slots = base(chunk, now, step);
       for_groups(units, kBlocks<G>, backwards, [&](int64_t unit_block, int64_t blocks) {
-        for_tiles(part, now.active, max_rows(static_cast<int>(G == 1 ? 4 : G)),
-                  [&](int64_t b0, int64_t rows) {
-                    gates(now, h, h_new, raw, ending, unit_block, blocks, b0, rows);
-                  });
+        for_tiles(part, now.active, kRows, [&](int64_t b0, int64_t rows) {
+          gates(now, chunk, slots + b0, h, h_new, raw, ending, unit_block, blocks, b0, rows);
+        });
       });
       if (d.weight_hr) {
         if (part.barrier) barrier_wait(part.barrier);

@@ -92,7 +92,8 @@ struct VectorMath {
 
   static FUSEDRNN_HD V sigmoid(V x) { return static_cast<T>(1) / (static_cast<T>(1) + exp(-x)); }
 
-  // On |x|: there the rounding errors of e cancel in e / (e + 2) as it nears 1.
+  // On |x|, and as 1 - 2 / (e + 2) where that is near 1: what the backward makes of a saturated
+  // gate, 1 - tanh^2, is only as good as its last digit.
   static FUSEDRNN_HD V tanh(V x) {
     using Bits = typename Simd<T>::Bits;
     const V high = splat(C::kTanhHigh);
@@ -101,7 +102,9 @@ struct VectorMath {
     a = a > high ? high : a;
     const auto e = split_exp<T>(a + a);
     const V expm1 = e.scale * e.p + (e.scale - static_cast<T>(1));
-    return (V)((Bits)(expm1 / (expm1 + static_cast<T>(2))) | sign);
+    const V two = splat(2), four = splat(4);
+    const V q = (expm1 > four ? two : expm1) / (expm1 + two);
+    return (V)((Bits)(expm1 > four ? static_cast<T>(1) - q : q) | sign);
   }
 };
 

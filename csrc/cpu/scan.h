@@ -36,10 +36,14 @@ template <class T>
 struct ForwardDirection {
   Shape shape;
   bool reverse;
-  const T* x_gates;          // [N, G*H]
-  const T* weight_hh;        // packed [ceil(H/W), P, G, W]
+  const T* input;            // [N, I]
+  int64_t inputs;            // I
+  bool packed;               // whether the weights are packed, or as torch stores them
+  const T* weight_ih;        // packed [ceil(H/W), I, G, W], or [G*H, I]
+  const T* weight_hh;        // packed [ceil(H/W), P, G, W], or [G*H, P]
+  const T* bias_ih;          // [G*H] or null
   const T* bias_hh;          // [G*H] or null
-  const T* weight_hr;        // packed [ceil(P/W), H, W], null without a projection
+  const T* weight_hr;        // packed [ceil(P/W), H, W], or [P, H]; null without a projection
   T* output;                 // [N, P], row stride output_stride
   int64_t output_stride;
   T* state0;                 // [B, P] in: initial hidden state; out: last
@@ -101,9 +105,20 @@ constexpr int64_t scratch_stride(int64_t columns, int64_t element_bytes) {
   const int64_t lines = (columns + per_line - 1) / per_line;
   return (lines | 1) * per_line;
 }
-constexpr int64_t forward_scratch(const Shape& s, int64_t element_bytes, bool projected) {
+// The x_gates of a chunk of time are made at once: few enough rows to stay in the cache until the
+// scan reads them, enough for the product to be worth it. 24 is a multiple of every tile.
+constexpr int64_t chunk_rows(const Shape& s, int64_t element_bytes, int64_t gates) {
+  const int64_t fit = (int64_t{512} << 10) / (scratch_stride(gates * s.hidden, element_bytes) * element_bytes);
+  const int64_t rows = fit < 24 ? 24 : fit > 192 ? 192 : fit / 24 * 24;
+  const int64_t needed = s.rows < rows ? s.rows : rows;
+  return needed > s.batch ? needed : s.batch;
+}
+// h twice, the unprojected h, the x_gates of a chunk.
+constexpr int64_t forward_scratch(const Shape& s, int64_t element_bytes, int64_t gates, bool projected) {
+  const int64_t line = 64 / element_bytes, units = (s.hidden + line - 1) / line * line;
   return s.batch * (2 * scratch_stride(s.proj, element_bytes) +
-                    (projected ? scratch_stride(s.hidden, element_bytes) : 0));
+                    (projected ? scratch_stride(s.hidden, element_bytes) : 0)) +
+         chunk_rows(s, element_bytes, gates) * gates * units;
 }
 constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates) {
   return s.batch * 2 * scratch_stride(gates * s.hidden, element_bytes);

@@ -105,6 +105,20 @@ FUSEDRNN_HD void store_masked(T* to, typename Simd<T>::V v, int n) {
 
 #endif
 
+// The sum of all lanes, by halves.
+template <class T>
+FUSEDRNN_HD T sum_lanes(typename Simd<T>::V v) {
+  constexpr int W = Simd<T>::kWidth;
+#pragma GCC unroll 4
+  for (int step = W / 2; step > 0; step /= 2) {
+    typename Simd<T>::Bits from{};
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) from[i] = (i + step) % W;
+    v += __builtin_shuffle(v, from);
+  }
+  return v[0];
+}
+
 // The first n lanes; the others read as 0 and are never touched in memory.
 template <class T>
 FUSEDRNN_HD typename Simd<T>::V load(const T* from, int n) {

@@ -105,5 +105,79 @@ FUSEDRNN_HD Tile<T> tile_for(int64_t r, int64_t blocks) {
   }
 }
 
+// R batch rows times N rows of a weight as torch stores it: one dot product each.
+template <class T, int R, int N>
+void dots(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int64_t stride,
+          const T* __restrict__ weight /*[N, k_end]*/, T* __restrict__ out /*[R, N], out_stride*/,
+          int64_t out_stride) {
+  using V = typename Simd<T>::V;
+  constexpr int W = Simd<T>::kWidth;
+  V acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[r][n] = V{};
+  int64_t k = 0;
+  for (; k + W <= k_end; k += W) {
+    V h[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) h[r] = load(rows + r * stride + k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const V w = load(weight + n * k_end + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][n] += w * h[r];
+    }
+  }
+  if (k < k_end) {
+    const int left = static_cast<int>(k_end - k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const V w = load_masked(weight + n * k_end + k, left);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][n] += w * load_masked(rows + r * stride + k, left);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) out[r * out_stride + n] = sum_lanes<T>(acc[r][n]);
+}
+
+// What a tile computes, from a weight as torch stores it: for a single step, packing would read
+// the weight more often than the product does.
+template <class T, int G>
+void unpacked_tile(int64_t rows, int64_t blocks, int64_t k_end, const T* h /*[rows, k_end], stride*/,
+                   int64_t stride, const T* weight /*[G*units, k_end]*/, int64_t units, int64_t unit_block,
+                   T* out /*[rows, blocks, G, W]*/) {
+  constexpr int W = Simd<T>::kWidth;
+  for (int64_t j = 0; j < blocks; ++j) {
+    const int64_t u = (unit_block + j) * W, n = units - u < W ? units - u : W;
+    for (int g = 0; g < G; ++g) {
+      const T* w = weight + (g * units + u) * k_end;
+      T* to = out + (j * G + g) * W;
+      const int64_t out_stride = blocks * G * W;
+      for (int64_t r = 0; r < rows; ++r) store(to + r * out_stride, typename Simd<T>::V{});
+      for (int64_t l = 0; l < n; l += 4) {
+        int64_t r = 0;
+        if (n - l >= 4) {
+          for (; r + 2 <= rows; r += 2) {
+            dots<T, 2, 4>(k_end, h + r * stride, stride, w + l * k_end, to + r * out_stride + l, out_stride);
+          }
+          for (; r < rows; ++r) {
+            dots<T, 1, 4>(k_end, h + r * stride, stride, w + l * k_end, to + r * out_stride + l, out_stride);
+          }
+        } else {
+          for (; r < rows; ++r) {
+            for (int64_t i = l; i < n; ++i) {
+              dots<T, 1, 1>(k_end, h + r * stride, stride, w + i * k_end, to + r * out_stride + i, out_stride);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fusedrnn

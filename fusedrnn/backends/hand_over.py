@@ -1,22 +1,41 @@
-"""Where torch's own path is measured faster than every backend here."""
+"""Where torch's own path is the faster one: measured, or because nothing here has a kernel."""
 
 from __future__ import annotations
 
 import torch
 
+from . import select
+
+# One call for one step of at most this many multiply-adds is bound by its overhead, and torch's
+# dispatcher is leaner than Python. Measured: docs/performance-cpu.md, "One step".
+_ONE_STEP = 1 << 20
+
 
 def reason(
-    cell: str, device_type: str, dtype: torch.dtype, time: int, batch: int, hidden: int, train: bool
+    function: str,
+    device_type: str,
+    dtype: torch.dtype,
+    time: int,
+    batch: int,
+    hidden: int,
+    train: bool,
 ) -> str | None:
     """Why a call should run on torch's own path; None if it should not.
 
-    Asked in eager mode only, and only when no backend was asked for by name.
+    Asked in eager mode only, outside function transforms, and only when no backend was asked for
+    by name.
 
     Args:
-        cell: the cell's name.
+        function: torch's name of the call: ``lstm``, ``gru_cell``, ...
         device_type: the tensors' ``device.type``.
         dtype: the dtype that the call computes in.
         time, batch, hidden: T, B and H; for packed input B is the number of sequences.
         train: whether a gradient will be recorded.
     """
+    missing = select.no_kernel(select.Request(function.removesuffix("_cell"), dtype, device_type))
+    if missing is not None:
+        select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")
+        return f"no fused kernel can run it ({missing})"
+    if time == 1 and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
+        return "a single small step is bound by the overhead of the call, where torch's own is leaner"
     return None

@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 class _Cell(NamedTuple):
-    index: int  # in csrc/cpu/scan.h
+    number: int  # in csrc/cpu/scan.h
     gates: int
     states: int
     saves_gates: bool
@@ -39,12 +39,7 @@ _CELLS = {
 }
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-# x_gates are made for a chunk of time at once, small enough to be in the cache when the scan reads
-# them and large enough for an efficient product.
-_CHUNK_BYTES = 2 << 20
-_CHUNK_ROWS = 128
-# Multiply-adds from which oneDNN's linear beats addmm, for x_gates and for the input's gradient.
-_LARGE_PROJECTION = 1 << 25
+# Multiply-adds from which oneDNN's linear beats mm for the input's gradient.
 _LARGE_GRADIENT = 1 << 24
 
 
@@ -104,8 +99,8 @@ def _forget(dead: weakref.ref[Tensor], key: int) -> None:
         del _table[key]
 
 
-def _packed(weight: Tensor, kind: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """The weight as `make` packs it, from the table while its content is the same.
+def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:
+    """The weight packed by "rows" or "columns" (csrc/cpu/pack.h), from the table while it is the same.
 
     The version counter misses writes through `.data`, so the content itself is part of the key.
     A pack is never changed once made: another thread may be using it.
@@ -114,10 +109,10 @@ def _packed(weight: Tensor, kind: str, make: Callable[[Tensor], Tensor]) -> Tens
     key = (
         pointer,
         weight.shape,
-        weight.dtype,
         None if weight.is_inference() else weight._version,
         _C.fingerprint(pointer, weight.nbytes),
         _C.isa(),
+        gates,
     )
     entry = _table.get(id(weight))
     if entry is not None and entry.owner() is weight:
@@ -127,33 +122,27 @@ def _packed(weight: Tensor, kind: str, make: Callable[[Tensor], Tensor]) -> Tens
     else:
         number = id(weight)
         entry = _table[number] = _Packs(weakref.ref(weight, lambda dead: _forget(dead, number)), {})
-    pack = make(weight.float() if weight.dtype in _HALF else weight)
+    pack = _pack(_wide(weight), kind, gates)
     entry.packs[kind] = (key, pack)
     return pack
 
 
-def _pack_rows(gates: int) -> Callable[[Tensor], Tensor]:
-    def make(weight: Tensor) -> Tensor:
-        rows, k = weight.shape
-        f64 = weight.dtype is torch.float64
-        n, width = rows // gates, _C.width(f64)
-        pack = weight.new_empty(-(-n // width) * k * gates * width)
-        _C.pack_rows(f64, weight.data_ptr(), gates, n, k, pack.data_ptr())
-        return pack
-
-    return make
-
-
-def _pack_columns(weight: Tensor) -> Tensor:
-    k, n = weight.shape
+def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
+    rows, columns = weight.shape
     f64 = weight.dtype is torch.float64
     width = _C.width(f64)
-    pack = weight.new_empty(-(-n // width) * k * width)
-    _C.pack_columns(f64, weight.data_ptr(), k, n, pack.data_ptr())
+    if kind == "rows":
+        n = rows // gates
+        pack = weight.new_empty(-(-n // width) * width * gates * columns)
+        _C.pack_rows(f64, weight.data_ptr(), gates, n, columns, pack.data_ptr())
+    else:
+        pack = weight.new_empty(-(-columns // width) * width * rows)
+        _C.pack_columns(f64, weight.data_ptr(), rows, columns, pack.data_ptr())
     return pack
 
 
-_MAKE_ROWS = {gates: _pack_rows(gates) for gates in (1, 3, 4)}
+def _as_stored(weight: Tensor, kind: str, gates: int) -> Tensor:
+    return _wide(weight)
 
 
 # ---- the layer ---------------------------------------------------------------------------------
@@ -189,28 +178,6 @@ def _weights(flat: Sequence[Tensor], directions: int) -> list[_Weights]:
     return found
 
 
-def _chunks(
-    time: int, batch: int, rows: int, sizes: Tensor | None, most: int
-) -> list[tuple[int, int, int, int]]:
-    """Steps [t0, t1) and rows [n0, n1) of each chunk of at most `most` rows or one step."""
-    if rows <= most:
-        return [(0, time, 0, rows)]
-    if sizes is None:
-        steps = max(1, most // batch)
-        return [
-            (t, min(t + steps, time), t * batch, min(t + steps, time) * batch) for t in range(0, time, steps)
-        ]
-    found = []
-    t0 = n0 = n = 0
-    for t, size in enumerate(sizes.tolist()):
-        if n + size - n0 > most and t > t0:
-            found.append((t0, t, n0, n))
-            t0, n0 = t, n
-        n += size
-    found.append((t0, time, n0, rows))
-    return found
-
-
 @cache
 def _onednn_linear() -> Callable[..., Tensor] | None:
     """oneDNN's linear, which torch keeps private; None where it is not there or refuses."""
@@ -223,17 +190,13 @@ def _onednn_linear() -> Callable[..., Tensor] | None:
     return linear
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, least: int) -> Tensor:
-    """x [N, K] @ weight.T [K, M] + bias [M], through the fastest product at hand.
-
-    oneDNN beats addmm's BLAS on some CPUs once a product is large (docs/performance-cpu.md);
-    `least` is its number of multiply-adds from which on it does.
-    """
-    if x.dtype is torch.float32 and x.shape[0] * weight.numel() >= least:
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] @ b [K, M], through the fastest product at hand (docs/performance-cpu.md)."""
+    if a.dtype is torch.float32 and a.shape[0] * b.numel() >= _LARGE_GRADIENT:
         onednn = _onednn_linear()
         if onednn is not None:
-            return onednn(x, weight, bias, "none", [], "")
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+            return onednn(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
 
 
 def forward(
@@ -260,63 +223,50 @@ def forward(
 
     width = directions * proj
     output = x.new_empty((*input.shape[:-1], width))
-    last = [s.to(x.dtype, copy=True) for s in states]
+    last = [s.float() if half else s.clone() for s in states]
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
         saved = [x.new_empty(shape) for shape in saved_shapes(cell, directions, rows, hidden, projected)]
     if rows:
         size = 8 if f64 else 4
-        row_gates, row_hidden, row_output = gates * hidden * size, hidden * size, width * size
-        save_at = [t.data_ptr() for t in saved]
-        gates_at = save_at.pop(0) if save and spec.saves_gates else 0
-        extra_at = save_at.pop(0) if save and spec.extra else 0
-        raw_at = save_at.pop(0) if save_at else 0
-        sizes_at = _pointer(batch_sizes)
+        pointers = [t.data_ptr() for t in saved]
+        gates_at = pointers.pop(0) if save and spec.saves_gates else 0
+        extra_at = pointers.pop(0) if save and spec.extra else 0
+        raw_at = pointers.pop(0) if pointers else 0
         output_at = output.data_ptr()
         last0, last1 = last[0].data_ptr(), last[1].data_ptr() if spec.states == 2 else 0
-        threads = torch.get_num_threads()
-        packs = [
-            (
-                _packed(w.hh, "rows", _MAKE_ROWS[gates]),
-                None if w.bias_hh is None else _wide(w.bias_hh),
-                None if w.hr is None else _packed(w.hr, "rows", _MAKE_ROWS[1]),
-                _wide(w.ih),
+        shape = (time, batch, hidden, proj, rows, _pointer(batch_sizes))
+        # One step reads its weights once: packing them, or checking a pack, would read them again.
+        pack = _packed if time > 1 else _as_stored
+        args, alive = [], []
+        for d, w in enumerate(per_direction):
+            tensors = (
+                pack(w.ih, "rows", gates),
+                pack(w.hh, "rows", gates),
                 None if w.bias_ih is None else _wide(w.bias_ih),
+                None if w.bias_hh is None else _wide(w.bias_hh),
+                None if w.hr is None else pack(w.hr, "rows", 1),
             )
-            for w in per_direction
-        ]
-        most = max(_CHUNK_ROWS, _CHUNK_BYTES // row_gates)
-        chunks = _chunks(time, batch, rows, batch_sizes, most)
-        for i in range(len(chunks)):
-            args, alive = [], []
-            for d, (hh, bias_hh, hr, ih, bias_ih) in enumerate(packs):
-                t0, t1, n0, n1 = chunks[-1 - i if d else i]
-                x_gates = _linear(x[n0:n1], ih, bias_ih, _LARGE_PROJECTION)
-                alive.append(x_gates)
-                args.append(
-                    (
-                        t1 - t0,
-                        batch,
-                        hidden,
-                        proj,
-                        n1 - n0,
-                        sizes_at and sizes_at + 8 * t0,
-                        d,
-                        x_gates.data_ptr(),
-                        hh.data_ptr(),
-                        _pointer(bias_hh),
-                        _pointer(hr),
-                        output_at + n0 * row_output + d * proj * size,
-                        width,
-                        last0 + d * batch * proj * size,
-                        last1 and last1 + d * batch * hidden * size,
-                        gates_at and gates_at + (d * rows + n0) * row_gates,
-                        extra_at and extra_at + (d * rows + n0) * row_hidden,
-                        raw_at and raw_at + (d * rows + n0) * row_hidden,
-                    )
+            alive.append(tensors)  # the table may drop a pack while it is in use
+            args.append(
+                (
+                    *shape,
+                    d,
+                    x.data_ptr(),
+                    x.shape[1],
+                    time > 1,
+                    *map(_pointer, tensors),
+                    output_at + d * proj * size,
+                    width,
+                    last0 + d * batch * proj * size,
+                    last1 and last1 + d * batch * hidden * size,
+                    gates_at and gates_at + d * rows * gates * hidden * size,
+                    extra_at and extra_at + d * rows * hidden * size,
+                    raw_at and raw_at + d * rows * hidden * size,
                 )
-            _C.forward(spec.index, f64, threads, *args)
+            )
+        _C.forward(spec.number, f64, torch.get_num_threads(), *args)
     if half:
         return output.to(storage), [s.to(storage) for s in last], saved
     return output, last, saved
@@ -363,8 +313,8 @@ def backward(
     if rows:
         packs = [
             (
-                _packed(w.hh, "columns", _pack_columns),
-                None if w.hr is None else _packed(w.hr, "columns", _pack_columns),
+                _packed(w.hh, "columns"),
+                None if w.hr is None else _packed(w.hr, "columns"),
             )
             for w in per_direction
         ]
@@ -396,13 +346,14 @@ def backward(
                     d_hidden[d].data_ptr() if d_hidden is not None else 0,
                 )
             )
-        _C.backward(spec.index, f64, torch.get_num_threads(), *args)
+        _C.backward(spec.number, f64, torch.get_num_threads(), *args)
 
     grad_input: Tensor | None = None
     if needs[0]:
         for d, w in enumerate(per_direction):
-            part = _linear(d_x_gates[d], _wide(w.ih).t(), None, _LARGE_GRADIENT)
+            part = _product(d_x_gates[d], _wide(w.ih))
             grad_input = part if grad_input is None else grad_input.add_(part)
+        assert grad_input is not None
         grad_input = grad_input.view(input.shape).to(storage)
     grad_weights: list[Tensor | None] = []
     each = len(weights) // directions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ ORDER = ("native", "reference")
 NAMES = (*ORDER, "torch")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the choice depends on. Sizes decide only whether torch's own path is faster."""
 
     cell: str
@@ -98,6 +97,15 @@ def against(name: str, request: Request) -> str | None:
 
 
 @cache
+def no_kernel(request: Request) -> str | None:
+    """Why no fused kernel can run a request, per backend; None if one can."""
+    reasons = {name: against(name, request) for name in ORDER if name != "reference"}
+    if None in reasons.values():
+        return None
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+@cache
 def _table(request: Request, wanted: str | None) -> Choice:
     if wanted is not None:
         reason = against(wanted, request)
@@ -114,7 +122,8 @@ def _table(request: Request, wanted: str | None) -> Choice:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, the first time that this message comes."""
     warnings.warn(message, stacklevel=2)
 
 
@@ -126,6 +135,5 @@ def choose(request: Request) -> Choice:
     """
     choice = _table(request, _requested)
     if choice.backend == "reference" and _requested is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.why_not.items())
-        _say_once(f"fusedrnn runs its reference path, which is slow ({reasons})")
+        say_once(f"fusedrnn runs its reference path, which is slow ({no_kernel(request)})")
     return choice

@@ -129,7 +129,7 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if not isinstance(params, (list, tuple)):
         return _by_torch(cell, args, "params is no list of tensors")
     steps = input if batch_sizes is None else batch_sizes
-    if type(steps) is Tensor and steps.dim() > batch_first:
+    if type(steps) is Tensor and steps.dim() > batch_first and params:
         reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states[-1], params[0])
         if reason is not None:
             return _by_torch(cell, args, reason)

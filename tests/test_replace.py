@@ -72,7 +72,8 @@ def test_the_root_itself(stock, fused, calls):
     assert type(module) is fused
     assert same_objects(module) == before
     assert [entry.names for entry in report.swapped] == [("",)]
-    assert_parity(module, reference, draw_inputs(reference))
+    with fusedrnn.use_backend("reference"):  # left alone, a small cell goes to torch
+        assert_parity(module, reference, draw_inputs(reference))
     assert len(calls) == 1
 
 

@@ -129,8 +129,8 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if not isinstance(params, (list, tuple)):
         return _by_torch(cell, args, "params is no list of tensors")
     steps = input if batch_sizes is None else batch_sizes
-    if type(steps) is Tensor and steps.dim() > batch_first and params:
-        reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states[-1], params[0])
+    if type(steps) is Tensor and steps.dim() > batch_first:
+        reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states, params)
         if reason is not None:
             return _by_torch(cell, args, reason)
     reason = _unknown((input, *states, *params))
@@ -173,7 +173,7 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
 
-    reason = _faster_by_torch(f"{cell}_cell", input, 1, states[-1], w_ih)
+    reason = _faster_by_torch(f"{cell}_cell", input, 1, states, params)
     if reason is not None:
         return _by_torch(f"{cell}_cell", args, reason)
     reason = _unknown((input, *states, *params))
@@ -295,14 +295,18 @@ def _unpackable(batch_sizes: Tensor, rows: int, batch: int) -> str | None:
     return None
 
 
-def _faster_by_torch(function: str, input: Any, time: int, state: Any, weight: Any) -> str | None:
+def _faster_by_torch(
+    function: str, input: Any, time: int, states: Sequence[Any], params: Sequence[Any]
+) -> str | None:
     """Why torch's own path should run a call, asked first: a small call has no time for checks."""
     if select.requested() is not None or torch.compiler.is_compiling() or _transformed():
         return None
-    if type(input) is not Tensor or type(state) is not Tensor or state.dim() < 2:
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records torch's operators"
+    if not states or not params or not (type(input) is type(states[-1]) is Tensor) or states[-1].dim() < 2:
         return None
-    train = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-    batch, hidden = state.shape[-2:]
+    train = torch.is_grad_enabled() and (input.requires_grad or getattr(params[0], "requires_grad", False))
+    batch, hidden = states[-1].shape[-2:]
     return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
 
 

@@ -117,6 +117,7 @@ def test_projection() -> None:
     assert_same("lstm", (x, hx, weights("lstm", 2, 2, proj=2), True, 2, 0.0, False, True, False))
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", STACKS)
 def test_cells(name: str, bias: bool) -> None:
@@ -127,6 +128,7 @@ def test_cells(name: str, bias: bool) -> None:
     assert_same(f"{name}_cell", (torch.randn(B, I), hx, *own))
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("name", STACKS)
 def test_last_states_share_no_memory_with_the_output(name: str, layers: int) -> None:
@@ -151,6 +153,7 @@ def test_autocast_computes_and_returns_its_dtype(name: str, make: Any) -> None:
         torch.testing.assert_close(out, want, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("fused")
 def test_autocast_cell_and_gradients() -> None:
     w = [p.requires_grad_() for p in weights("lstm")]
     hx = (torch.zeros(B, H), torch.zeros(B, H))
@@ -257,6 +260,8 @@ class TestTorchRuns:
             "devices": (x, h.to("meta"), w, *rest),
             "no tensor": (None, h, w, *rest),
             "no weights": (x, h, None, *rest),
+            "a weight is None": (x, h, [None, *w[1:]], *rest),
+            "no states": (x, (), w, *rest),
             "arguments": (x, h, w),
             "state": (x, (h, h), w, *rest),
             "one dimension": (x[0, 0], h, w, *rest),

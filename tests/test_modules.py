@@ -158,6 +158,7 @@ def test_projection_parity(lengths: list[int] | None) -> None:
     assert_parity(module, inputs=draw_inputs(module, lengths=lengths))
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", CELLS)
 def test_cell_parity(name: str, bias: bool) -> None:
@@ -224,6 +225,7 @@ def test_dropout_is_torchs_and_leaves_its_random_state(name: str) -> None:
     assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("name", STACKS)
 def test_last_states_are_their_own_memory(name: str) -> None:
     module = getattr(fusedrnn, name)(3, 5)
@@ -242,6 +244,7 @@ def test_backward_in_eval_mode_and_twice(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_returns_its_dtype_everywhere(name: str) -> None:
     module = getattr(fusedrnn, name)(3, 5)
@@ -313,6 +316,7 @@ def test_empty_batch(name: str) -> None:
     assert [t.shape for t in flat(ours(x))] == [t.shape for t in flat(theirs(x))]
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("name", ALL)
 def test_nan_spreads_as_in_torch(name: str) -> None:
     ours, theirs = pair(name, 3, 5)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import fusedrnn
+from fusedrnn import explain
 from fusedrnn.backends import hand_over, select
-from fusedrnn.explain import explain
 
 LSTM = select.Request("lstm", torch.float32, "cpu")
 

@@ -4,7 +4,8 @@ fakes, and autograd of every order. This is what torch.compile and torch.export 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,26 @@ def split(flat: Sequence[Any], weights: int) -> tuple[Any, list[Any], list[Any]]
 # ---- launches ----------------------------------------------------------------------------------
 
 
+def _without_autocast(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """The dtype was settled when the call was made; backward() may run inside somebody's autocast."""
+
+    @functools.wraps(launch)
+    def wrapper(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return launch(*args)
+        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device_type, enabled=False):
+            return launch(*args)
+
+    return wrapper
+
+
+def _memory(tensor: Tensor | None) -> Tensor | None:
+    """A tensor whose memory holds its values: contiguous, and not lazily negated."""
+    return None if tensor is None else tensor.contiguous().resolve_neg()
+
+
+@_without_autocast
 def launch_forward(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -58,6 +79,7 @@ def launch_forward(
     )
 
 
+@_without_autocast
 def launch_backward(
     grad_output: Tensor | None,
     grad_last: Sequence[Tensor | None],
@@ -81,8 +103,8 @@ def launch_backward(
         directions,
         output,
         saved,
-        None if grad_output is None else grad_output.contiguous(),
-        [None if g is None else g.contiguous() for g in grad_last],
+        _memory(grad_output),
+        [_memory(g) for g in grad_last],
         split(needs, len(weights)),
     )
     return [grad_input, *grad_weights, *grad_states]
@@ -251,7 +273,7 @@ def _layer_backward_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any,
     """Second order, by the reference: differentiate its first-order gradient."""
     n_weights, n_states, n_saved = ctx.counts
     flat = list(ctx.saved_tensors)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
         # Aliases, so that only the direct dependence on each argument counts even where one
         # argument was computed from another, and so that the third order reaches the originals.
         alias = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in flat]

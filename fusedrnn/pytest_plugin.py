@@ -1,4 +1,8 @@
-"""pytest: the fixture `assert_parity` and the option `--fusedrnn-backend`."""
+"""pytest: the fixture `assert_parity` and the option `--fusedrnn-backend`.
+
+Ask for it where it is wanted, with ``-p fusedrnn.pytest_plugin`` or ``pytest_plugins`` in a
+conftest.py: an entry point would import torch into every pytest run of the environment.
+"""
 
 from __future__ import annotations
 

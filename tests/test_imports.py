@@ -151,14 +151,3 @@ def test_there_is_no_circle() -> None:
         assert free, f"these import each other: {sorted(left)}"
         for name in free:
             del left[name]
-
-
-def test_the_plugin_itself_waits_with_torch() -> None:
-    top = ast.parse(FILES["fusedrnn.pytest_plugin"].read_text()).body
-    found = {
-        alias.name if isinstance(node, ast.Import) else node.module
-        for node in top
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
-    assert found == {"__future__", "collections.abc", "typing", "pytest"}

@@ -238,3 +238,33 @@ def test_outputs_do_not_alias(case):
         outs = case.fused(*case.tensors)
     pointers = [t.untyped_storage().data_ptr() for t in (*outs, *case.tensors)]
     assert len(set(pointers)) == len(pointers)
+
+
+@one_lstm
+def test_backward_inside_autocast_keeps_its_dtype(case):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = torch.autograd.grad(case.scalar(case.fused, *case.tensors), case.tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), case.tensors)
+    exact = torch.autograd.grad(case.scalar(case.exact, *case.tensors), case.tensors, create_graph=True)
+    close(grads, exact)
+    close(second, torch.autograd.grad(sum(g.square().sum() for g in exact), case.tensors))
+
+
+def test_backward_inside_autocast_in_fp32(backend):
+    case = Case("gru", 1, None, True, False, backend)
+    tensors = tuple(t.detach().float().requires_grad_() for t in case.tensors)
+    out = case.scalar(case.fused, *tensors)
+    plain = torch.autograd.grad(out, tensors, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(out, tensors)
+    torch.testing.assert_close(inside, plain, rtol=0, atol=0)
+
+
+@one_lstm
+def test_a_lazily_negated_gradient(case):
+    outs = case.fused(*case.tensors)
+    pull = torch.complex(torch.zeros_like(outs[0]), torch.ones_like(outs[0])).conj().imag
+    assert pull.is_neg()
+    ours = torch.autograd.grad(outs[0], case.tensors, pull, allow_unused=True)
+    exact = torch.autograd.grad(case.exact(*case.tensors)[0], case.tensors, -torch.ones_like(outs[0]))
+    close(ours, exact)

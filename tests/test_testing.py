@@ -355,9 +355,7 @@ def test_mine(assert_parity):
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "test_mine.py").write_text(USER_TEST)
-    # an installed fusedrnn brings the plugin by its entry point; here it has to come once, and be ours
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment["PYTHONPATH"] = str(Path(fusedrnn.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(fusedrnn.__file__).parents[1])}
     command = [sys.executable, "-m", "pytest", "-p", "fusedrnn.pytest_plugin", "-q", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

@@ -34,7 +34,8 @@ def reason(
     """
     missing = select.no_kernel(select.Request(function.removesuffix("_cell"), dtype, device_type))
     if missing is not None:
-        select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")
+        if dtype.is_floating_point and device_type != "meta":  # torch has an error or no values there
+            select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")
         return f"no fused kernel can run it ({missing})"
     if time == 1 and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
         return "a single small step is bound by the overhead of the call, where torch's own is leaner"

@@ -7,8 +7,7 @@ fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32 and rounded on
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -39,8 +38,6 @@ _CELLS = {
 }
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-# Multiply-adds from which oneDNN's linear beats mm for the input's gradient.
-_LARGE_GRADIENT = 1 << 24
 
 
 def unavailable() -> str | None:
@@ -176,27 +173,6 @@ def _weights(flat: Sequence[Tensor], directions: int) -> list[_Weights]:
             )
         )
     return found
-
-
-@cache
-def _onednn_linear() -> Callable[..., Tensor] | None:
-    """oneDNN's linear, which torch keeps private; None where it is not there or refuses."""
-    try:
-        linear = torch.ops.mkldnn._linear_pointwise
-        x = torch.ones(1, 1)
-        linear(x, x, x[0], "none", [], "")
-    except (AttributeError, RuntimeError):
-        return None
-    return linear
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, K] @ b [K, M], through the fastest product at hand (docs/performance-cpu.md)."""
-    if a.dtype is torch.float32 and a.shape[0] * b.numel() >= _LARGE_GRADIENT:
-        onednn = _onednn_linear()
-        if onednn is not None:
-            return onednn(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
 
 
 def forward(
@@ -351,7 +327,7 @@ def backward(
     grad_input: Tensor | None = None
     if needs[0]:
         for d, w in enumerate(per_direction):
-            part = _product(d_x_gates[d], _wide(w.ih))
+            part = torch.mm(d_x_gates[d], _wide(w.ih))
             grad_input = part if grad_input is None else grad_input.add_(part)
         assert grad_input is not None
         grad_input = grad_input.view(input.shape).to(storage)

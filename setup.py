@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 FLAGS = [
     "-std=c++17",
@@ -39,6 +40,10 @@ ISA_FLAGS = {
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += ["csrc/cpu/scan_avx2.cpp", "csrc/cpu/scan_avx512.cpp"]
+
+
+# What every object depends on beside its source: the flags are in this file.
+HEADERS = ["setup.py", *glob.glob("csrc/**/*.h", recursive=True)]
 
 
 def say(message: str) -> None:
@@ -66,7 +71,13 @@ def check_cuda() -> None:
 
 
 class Build(build_ext):
-    """Adds per-file ISA flags, compiles files in parallel, and does without a missing compiler."""
+    """Adds per-file ISA flags, compiles what is outdated, in parallel, and does without a compiler."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.distribution.get_command_obj("editable_wheel", create=False) is not None:
+            # An editable install gives a fresh folder each time: nothing in it could be up to date.
+            self.build_temp = os.path.join("build", f"editable-{sys.implementation.cache_tag}")
 
     def build_extensions(self) -> None:
         if not self.compiles():
@@ -97,8 +108,10 @@ class Build(build_ext):
                 flags = ISA_FLAGS.get(os.path.basename(src), [])
                 compile_one(obj, src, ext, args, [*extra, *flags], pp)
 
+            # setuptools would compile all of them again
+            outdated = [obj for obj in objects if self.force or newer_group([build[obj][0], *HEADERS], obj)]
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                list(pool.map(one, (obj for obj in objects if obj in build)))
+                list(pool.map(one, outdated))
             return objects
 
         compiler.compile = compile_all
@@ -125,7 +138,7 @@ setup(
             "fusedrnn._C",
             SOURCES,
             include_dirs=["csrc", pybind11.get_include()],
-            depends=["setup.py", *glob.glob("csrc/**/*.h", recursive=True)],
+            depends=HEADERS,
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
             language="c++",

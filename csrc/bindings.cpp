@@ -51,24 +51,31 @@ void read(const py::tuple& t, ForwardDirection<T>& d) {
 
 template <class T>
 void read(const py::tuple& t, BackwardDirection<T>& d) {
-  if (t.size() != 22) throw std::invalid_argument("backward: a direction has 22 fields");
+  if (t.size() != 29) throw std::invalid_argument("backward: a direction has 29 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
-  d.weight_hh = pointer<const T>(t[7]);
-  d.weight_hr = pointer<const T>(t[8]);
-  d.gates = pointer<const T>(t[9]);
-  d.extra = pointer<const T>(t[10]);
-  d.output = pointer<const T>(t[11]);
-  d.output_stride = integer(t[12]);
-  d.initial0 = pointer<const T>(t[13]);
-  d.initial1 = pointer<const T>(t[14]);
-  d.d_output = pointer<const T>(t[15]);
-  d.d_output_stride = integer(t[16]);
-  d.d_state0 = pointer<T>(t[17]);
-  d.d_state1 = pointer<T>(t[18]);
-  d.d_x_gates = pointer<T>(t[19]);
-  d.d_split = pointer<T>(t[20]);
-  d.d_hidden = pointer<T>(t[21]);
+  d.input = pointer<const T>(t[7]);
+  d.inputs = integer(t[8]);
+  d.weight_ih = pointer<const T>(t[9]);
+  d.weight_hh = pointer<const T>(t[10]);
+  d.weight_hr = pointer<const T>(t[11]);
+  d.gates = pointer<const T>(t[12]);
+  d.extra = pointer<const T>(t[13]);
+  d.raw = pointer<const T>(t[14]);
+  d.output = pointer<const T>(t[15]);
+  d.output_stride = integer(t[16]);
+  d.initial0 = pointer<const T>(t[17]);
+  d.initial1 = pointer<const T>(t[18]);
+  d.d_output = pointer<const T>(t[19]);
+  d.d_output_stride = integer(t[20]);
+  d.d_state0 = pointer<T>(t[21]);
+  d.d_state1 = pointer<T>(t[22]);
+  d.d_input = pointer<T>(t[23]);
+  d.d_weight_ih = pointer<T>(t[24]);
+  d.d_weight_hh = pointer<T>(t[25]);
+  d.d_bias_ih = pointer<T>(t[26]);
+  d.d_bias_hh = pointer<T>(t[27]);
+  d.d_weight_hr = pointer<T>(t[28]);
 }
 
 template <class Direction, class Run>
@@ -113,22 +120,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &backward, "backward(cell, f64, threads, *directions)");
   m.def(
       "pack_rows",
-      [](bool f64, uintptr_t weight, int64_t gates, int64_t n, int64_t k, uintptr_t packed) {
+      [](bool f64, uintptr_t weight, int64_t gates, int64_t n, int64_t k, uintptr_t packed, int threads) {
         const Kernels& table = kernels();
         py::gil_scoped_release release;
-        f64 ? table.f64.pack_rows(at<double>(weight), gates, n, k, at<double>(packed))
-            : table.f32.pack_rows(at<float>(weight), gates, n, k, at<float>(packed));
+        f64 ? run_pack_rows(table, at<const double>(weight), gates, n, k, at<double>(packed), threads)
+            : run_pack_rows(table, at<const float>(weight), gates, n, k, at<float>(packed), threads);
       },
       "[gates*n, k] -> [ceil(n/W), k, gates, W]");
   m.def(
       "pack_columns",
-      [](bool f64, uintptr_t weight, int64_t k, int64_t n, uintptr_t packed) {
+      [](bool f64, uintptr_t weight, int64_t k, int64_t n, uintptr_t packed, int threads) {
         const Kernels& table = kernels();
         py::gil_scoped_release release;
-        f64 ? table.f64.pack_columns(at<double>(weight), k, n, at<double>(packed))
-            : table.f32.pack_columns(at<float>(weight), k, n, at<float>(packed));
+        f64 ? run_pack_columns(table, at<const double>(weight), k, n, at<double>(packed), threads)
+            : run_pack_columns(table, at<const float>(weight), k, n, at<float>(packed), threads);
       },
       "[k, n] -> [ceil(n/W), k, W]");
+  m.def(
+      "huge_pages", [](uintptr_t memory, size_t bytes) { huge_pages(at<void>(memory), bytes); },
+      "asks for huge pages behind fresh memory");
   m.def(
       "math",
       [](bool f64, int function, uintptr_t in, uintptr_t out, int64_t n) {
@@ -138,16 +148,6 @@ PYBIND11_MODULE(_C, m) {
             : table.f32.math(function, at<float>(in), at<float>(out), n);
       },
       "the kernels' sigmoid (0) or tanh (1) of n values, for tests");
-  m.def(
-      "previous_rows",
-      [](const py::tuple& shape, bool reverse, uintptr_t output, int64_t output_stride, uintptr_t initial,
-         uintptr_t previous, int64_t row_bytes) {
-        const Shape s = read_shape(shape);
-        py::gil_scoped_release release;
-        previous_rows(s, reverse, at<const char>(output), output_stride, at<const char>(initial),
-                      at<char>(previous), row_bytes);
-      },
-      "the hidden state that each packed row's step started from");
   m.def(
       "fingerprint", [](uintptr_t data, size_t bytes) { return kernels().fingerprint(at<const void>(data), bytes); },
       py::call_guard<py::gil_scoped_release>());

@@ -184,6 +184,21 @@ def test_many_chunks_of_time(cell, ragged, threads):
             torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("cell", GATES)
+def test_gradients_over_many_chunks_of_time(cell, ragged, threads, poisoned):
+    """More rows than the gate gradients that are kept at once; a step with more rows than one sum takes."""
+    torch.set_num_threads(threads)
+    check(cell, 40, 33, 30, directions=2 if ragged else 1, ragged=ragged, inputs=70)
+    check(cell, 24, 600, 3, ragged=ragged)
+
+
+def test_long_sums_stay_within_the_budget():
+    for hidden, batch in [(256, 32), (512, 8), (1024, 8)]:
+        check("lstm", hidden, batch, 16, inputs=hidden)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cell", GATES)
 def test_half_is_fp32_rounded_once(cell, dtype):

@@ -2,11 +2,14 @@
 //
 // d_state0 and d_state1 start as the gradients of the last states and end as those of the initial
 // ones. They are only touched while a row is active, so rows of any length need no special case.
-// The gradients of h_gates go through two padded scratch buffers in turn: the next step may write
-// one while a slower thread still multiplies the other.
+//
+// The gradients of the gates of a chunk of steps stay in scratch, [rows of the chunk, stride], until
+// products.h has made the gradients of the input and of the weights of them: written to memory for
+// all of time they would take longer to store and to load than to compute.
 #pragma once
 
 #include "loop.h"
+#include "products.h"
 
 namespace fusedrnn {
 namespace {
@@ -20,7 +23,15 @@ struct BackwardScan {
   const Part& part;
   const Shape& s = d.shape;
   const int64_t H = s.hidden, P = s.proj;
-  const int64_t stride = scratch_stride(G * H, sizeof(T));
+  const int64_t stride = scratch_stride(G * H, sizeof(T)), hidden_stride = scratch_stride(P, sizeof(T));
+
+  // The gradients of a chunk's rows: row i of N is at slot i - span.row_begin.
+  struct Chunk {
+    T* d_x_gates;  // [slots, stride]
+    T* d_h_gates;  // [slots, stride], d_x_gates itself unless the cell splits them
+    T* d_hidden;   // [slots, hidden_stride], null without a projection
+    Span span{};
+  };
 
   // The gradient of the hidden state of (row, b) at units u .. u + n.
   FUSEDRNN_HD V incoming(int64_t row, int64_t b, int64_t u, int n) const {
@@ -29,9 +40,8 @@ struct BackwardScan {
   }
 
   // The gates of one row at one block of units; d_h is the gradient of the unprojected hidden state.
-  FUSEDRNN_HD void gates(const Clock& now, T* d_gates /*[B, stride]*/, int64_t b, int64_t u, int n,
-                         V d_h) const {
-    const int64_t row = now.row + b;
+  FUSEDRNN_HD void gates(const Clock& now, const Chunk& c, int64_t b, int64_t u, int n, V d_h) const {
+    const int64_t row = now.row + b, slot = row - c.span.row_begin;
     const bool first = b >= now.previous_active();
     const int64_t before = now.previous_row() + b;
     V act[G], extra{}, prev[2], d_next[2], d_x[G], d_hg[G], d_prev[2];
@@ -51,89 +61,166 @@ struct BackwardScan {
     d_next[0] = d_h;
     Cell::template backward<V>(act, extra, prev, d_next, d_x, d_hg, d_prev);
     for (int g = 0; g < G; ++g) {
-      store(d.d_x_gates + row * G * H + g * H + u, d_x[g], n);
-      store(d_gates + b * stride + g * H + u, d_hg[g], n);
+      store(c.d_x_gates + slot * stride + g * H + u, d_x[g], n);
+      if constexpr (Cell::kSplitGate >= 0) store(c.d_h_gates + slot * stride + g * H + u, d_hg[g], n);
     }
-    if constexpr (Cell::kSplitGate >= 0) store(d.d_split + row * H + u, d_hg[Cell::kSplitGate], n);
     if constexpr (Cell::kDirect) store(d.d_state0 + b * P + u, d_prev[0], n);
     if constexpr (Cell::kStates == 2) store(d.d_state1 + b * H + u, d_prev[1], n);
   }
 
-  // d_state0 = d_gates @ weight_hh, plus what the cell left there if it has a direct path.
-  FUSEDRNN_HD void through_weights(const T* d_gates /*[B, stride]*/, int64_t unit_block, int64_t blocks,
+  // d_state0 (+)= d_h_gates @ weight_hh over the gates of `slab`; the first slab starts from what the
+  // cell left there if it has a direct path.
+  FUSEDRNN_HD void through_weights(const T* d_h_gates /*[B, stride]*/, Range slab, int64_t unit_block, int64_t blocks,
                                    int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
     const int64_t block = G * H * W;
-    tile_for<T, 1>(rows, blocks)(G * H, d_gates + b0 * stride, stride, d.weight_hh + unit_block * block,
-                                 block, acc);
+    tile_for<T, 1>(rows, blocks)(slab.end - slab.begin, d_h_gates + b0 * stride + slab.begin, stride, 1,
+                                 d.weight_hh + unit_block * block + slab.begin * W, block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t u = (unit_block + j) * W;
         const int n = static_cast<int>(smaller(W, P - u));
         T* to = d.d_state0 + (b0 + r) * P + u;
         const V sum = load(acc + (r * blocks + j) * W);
-        store(to, Cell::kDirect ? sum + load(to, n) : sum, n);
+        store(to, Cell::kDirect || slab.begin > 0 ? sum + load(to, n) : sum, n);
       }
     }
   }
 
   // The whole of a step's gate phase behind a projection.
-  FUSEDRNN_HD void projected_gates(const Clock& now, T* d_gates /*[B, stride]*/, int64_t unit_block,
-                                   int64_t blocks, int64_t b0, int64_t rows) const {
+  FUSEDRNN_HD void projected_gates(const Clock& now, const Chunk& c, int64_t unit_block, int64_t blocks,
+                                   int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
-    const int64_t block = P * W;
-    tile_for<T, 1>(rows, blocks)(P, d.d_hidden + (now.row + b0) * P, P, d.weight_hr + unit_block * block,
-                                 block, acc);
+    const int64_t block = P * W, slot = now.row + b0 - c.span.row_begin;
+    tile_for<T, 1>(rows, blocks)(P, c.d_hidden + slot * hidden_stride, hidden_stride, 1,
+                                 d.weight_hr + unit_block * block, block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t u = (unit_block + j) * W;
-        gates(now, d_gates, b0 + r, u, static_cast<int>(smaller(W, H - u)),
-              load(acc + (r * blocks + j) * W));
+        gates(now, c, b0 + r, u, static_cast<int>(smaller(W, H - u)), load(acc + (r * blocks + j) * W));
       }
     }
   }
 
+  FUSEDRNN_HD void step(const Clock& now, const Chunk& c, Range units, Range outputs, bool backwards) const {
+    if (d.weight_hr) {
+      for_tiles(part, now.active, 1, [&](int64_t b, int64_t) {
+        const int64_t row = now.row + b;
+        for (int64_t block = outputs.begin; block < outputs.end; ++block) {
+          const int64_t u = block * W;
+          const int n = static_cast<int>(smaller(W, P - u));
+          store(c.d_hidden + (row - c.span.row_begin) * hidden_stride + u, incoming(row, b, u, n), n);
+        }
+      });
+      if (part.barrier) barrier_wait(part.barrier);
+      for_groups(units, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
+        for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
+          projected_gates(now, c, unit_block, blocks, b0, rows);
+        });
+      });
+    } else {
+      for_tiles(part, now.active, 1, [&](int64_t b, int64_t) {
+        for (int64_t block = units.begin; block < units.end; ++block) {
+          const int64_t u = block * W;
+          const int n = static_cast<int>(smaller(W, H - u));
+          gates(now, c, b, u, n, incoming(now.row + b, b, u, n));
+        }
+      });
+    }
+    if (part.barrier) barrier_wait(part.barrier);
+    const T* d_h_gates = c.d_h_gates + (now.row - c.span.row_begin) * stride;
+    for_groups(outputs, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
+      for_slabs(G * H, [&](Range slab) {
+        for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
+          through_weights(d_h_gates, slab, unit_block, blocks, b0, rows);
+        });
+      });
+    });
+  }
+
+  // The hidden state that the step of each of the chunk's rows started from.
+  // f(row, pointer) is called for the rows [begin, end) of N in ascending order.
+  template <class F>
+  FUSEDRNN_HD void previous_hidden(Clock at, int64_t begin, int64_t end, F f) const {
+    while (at.row > begin) advance(at, false);
+    while (at.row + at.active <= begin) advance(at, true);
+    for (int64_t row = begin; row < end; ++row) {
+      while (row >= at.row + at.active) advance(at, true);
+      const int64_t b = row - at.row;
+      f(row, b >= at.previous_active() ? d.initial0 + b * P
+                                       : d.output + (at.previous_row() + b) * d.output_stride);
+    }
+  }
+
+  // The gradients that are sums over rows, or that no later step waits for.
+  FUSEDRNN_HD void products(const Clock& now, const Chunk& c, bool first, T* panel) const {
+    const int64_t begin = c.span.row_begin, rows = c.span.row_end - begin, I = d.inputs;
+    if (d.d_input) {
+      multiply_rows<T>(part.team, rows, G * H, c.d_x_gates, stride, d.weight_ih, I, d.d_input + begin * I, I);
+    }
+    // Every thread makes panels of its own: sharing them would cost a barrier each.
+    const int64_t slabs = (rows + kLongestSum - 1) / kLongestSum;
+    for (int64_t i = 0; i < slabs; ++i) {
+      const Range slab = share(rows, static_cast<int>(i), static_cast<int>(slabs));
+      const bool add = !first || i > 0;
+      const T* d_x_gates = c.d_x_gates + slab.begin * stride;
+      const T* d_h_gates = c.d_h_gates + slab.begin * stride;
+      if (d.d_weight_ih) {
+        multiply_transposed<T>(part.team, slab, G * H, d_x_gates, stride, I, panel, add, d.d_weight_ih,
+                               [&](auto copy) {
+                                 for (int64_t r = slab.begin; r < slab.end; ++r) copy(r, d.input + (begin + r) * I);
+                               });
+      }
+      if (d.d_weight_hh) {
+        multiply_transposed<T>(part.team, slab, G * H, d_h_gates, stride, P, panel, add, d.d_weight_hh,
+                               [&](auto copy) {
+                                 previous_hidden(now, begin + slab.begin, begin + slab.end,
+                                                 [&](int64_t row, const T* from) { copy(row - begin, from); });
+                               });
+      }
+      if (d.d_weight_hr) {
+        multiply_transposed<T>(part.team, slab, P, c.d_hidden + slab.begin * hidden_stride, hidden_stride, H, panel,
+                               add, d.d_weight_hr, [&](auto copy) {
+                                 for (int64_t r = slab.begin; r < slab.end; ++r) copy(r, d.raw + (begin + r) * H);
+                               });
+      }
+      const int64_t count = slab.end - slab.begin;
+      if (d.d_bias_ih) sum_rows<T>(part.team, count, G * H, d_x_gates, stride, add, d.d_bias_ih);
+      if (d.d_bias_hh) sum_rows<T>(part.team, count, G * H, d_h_gates, stride, add, d.d_bias_hh);
+    }
+  }
+
   void run() const {
-    T* d_gates = d.scratch;
-    T* d_gates_other = d_gates + s.batch * stride;
+    const int64_t slots = backward_chunk_rows(s);
+    Chunk c{d.scratch, d.scratch, nullptr};
+    T* next = d.scratch + slots * stride;
+    if constexpr (Cell::kSplitGate >= 0) {
+      c.d_h_gates = next;
+      next += slots * stride;
+    }
+    if (d.weight_hr) {
+      c.d_hidden = next;
+      next += slots * hidden_stride;
+    }
+    T* panel = next + part.team.member * panel_scratch(sizeof(T));
     const Range units = share((H + W - 1) / W, part.member, part.members);
     const Range outputs = share((P + W - 1) / W, part.member, part.members);
     Clock now = clock_at(s, d.reverse, !d.reverse);
-    for (int64_t step = 0; step < s.time; ++step) {
-      const bool backwards = step & 1;
-      if (d.weight_hr) {
-        for_tiles(part, now.active, 1, [&](int64_t b, int64_t) {
-          for (int64_t block = outputs.begin; block < outputs.end; ++block) {
-            const int64_t u = block * W, row = now.row + b;
-            const int n = static_cast<int>(smaller(W, P - u));
-            store(d.d_hidden + row * P + u, incoming(row, b, u, n), n);
-          }
-        });
-        if (part.barrier) barrier_wait(part.barrier);
-        for_groups(units, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
-          for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
-            projected_gates(now, d_gates, unit_block, blocks, b0, rows);
-          });
-        });
-      } else {
-        for_tiles(part, now.active, 1, [&](int64_t b, int64_t) {
-          for (int64_t block = units.begin; block < units.end; ++block) {
-            const int64_t u = block * W;
-            const int n = static_cast<int>(smaller(W, H - u));
-            gates(now, d_gates, b, u, n, incoming(now.row + b, b, u, n));
-          }
-        });
+    int64_t i = 0;
+    while (i < s.time) {
+      c.span = span_from(now, i, d.reverse,
+                         [&](const Span& longer) { return longer.row_end - longer.row_begin <= slots; });
+      const bool first = i == 0;
+      for (;;) {
+        step(now, c, units, outputs, i & 1);
+        if (++i == c.span.end_step) break;
+        advance(now, d.reverse);
       }
-      if (part.barrier) barrier_wait(part.barrier);
-      for_groups(outputs, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
-        for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
-          through_weights(d_gates, unit_block, blocks, b0, rows);
-        });
-      });
-      if (step + 1 < s.time) advance(now, d.reverse);
-      T* swap = d_gates;
-      d_gates = d_gates_other;
-      d_gates_other = swap;
+      // The products read all rows and units of the chunk, and the next chunk takes its place.
+      if (part.team.barrier) barrier_wait(part.team.barrier);
+      products(now, c, first, panel);
+      if (part.team.barrier && i < s.time) barrier_wait(part.team.barrier);
+      if (i < s.time) advance(now, d.reverse);
     }
   }
 };

@@ -3,6 +3,9 @@
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +13,9 @@
 #include <new>
 #include <stdexcept>
 
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
 #include "barrier.h"
 
 namespace fusedrnn {
@@ -85,16 +91,16 @@ Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team
   return enough_rows && (weight_bytes <= kOwnCache || wide) ? Split::kRows : Split::kUnits;
 }
 
-Part part_of(const Shape& s, Split split, int tile_rows, int member, int team, Barrier* barrier) {
-  if (team == 1) return {0, s.batch, s.batch, 0, 1, nullptr};
-  if (split == Split::kUnits) return {0, s.batch, s.batch, member, team, barrier};
+Part part_of(const Shape& s, Split split, int tile_rows, Team team) {
+  if (team.size == 1) return {0, s.batch, s.batch, 0, 1, nullptr, team};
+  if (split == Split::kUnits) return {0, s.batch, s.batch, team.member, team.size, team.barrier, team};
   if (s.batch_sizes == nullptr) {
-    const int64_t begin = s.batch * member / team, end = s.batch * (member + 1) / team;
-    return {begin, end - begin, s.batch, 0, 1, nullptr};
+    const int64_t begin = s.batch * team.member / team.size, end = s.batch * (team.member + 1) / team.size;
+    return {begin, end - begin, s.batch, 0, 1, nullptr, team};
   }
   // Long sequences come first: dealing out strips keeps the threads level as the batch shrinks.
-  const int64_t strip = std::min<int64_t>(tile_rows, (s.batch + team - 1) / team);
-  return {member * strip, strip, team * strip, 0, 1, nullptr};
+  const int64_t strip = std::min<int64_t>(tile_rows, (s.batch + team.size - 1) / team.size);
+  return {team.member * strip, strip, team.size * strip, 0, 1, nullptr, team};
 }
 
 // Below this many multiply-adds a parallel region costs more than it saves: in all, and per step
@@ -111,8 +117,10 @@ void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_r
   if (total < kWorthARegion) threads = 1;
   const auto split_for = [&](int team) { return choose_split(s, weight_bytes, tile_rows, team); };
   if (threads > count && split_for(threads / count) == Split::kUnits && per_step < kWorthABarrier) threads = count;
+  const Team alone{0, 1, nullptr};
+  const auto run_alone = [&](const D& d) { f(d, part_of(d.shape, Split::kRows, tile_rows, alone)); };
   if (threads <= 1) {
-    for (int d = 0; d < count; ++d) f(directions[d], part_of(directions[d].shape, Split::kRows, tile_rows, 0, 1, nullptr));
+    for (int d = 0; d < count; ++d) run_alone(directions[d]);
     return;
   }
   Barrier barriers[2];
@@ -120,18 +128,15 @@ void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_r
   {
     // OpenMP may give fewer threads than asked for.
     const int got = omp_get_num_threads(), me = omp_get_thread_num();
-    const int team = got / count;
-    if (team == 0) {
-      for (int d = me; d < count; d += got) f(directions[d], part_of(directions[d].shape, Split::kRows, tile_rows, 0, 1, nullptr));
+    const int size = got / count;
+    if (size <= 1) {
+      for (int d = me; d < count; d += got) run_alone(directions[d]);
     } else {
-      const Split split = split_for(team);
-      if (split == Split::kUnits && team > 1) {
 #pragma omp single
-        for (int d = 0; d < count; ++d) barriers[d].reset(team);
-      }
-      if (me < team * count) {
-        const D& mine = directions[me / team];
-        f(mine, part_of(mine.shape, split, tile_rows, me % team, team, &barriers[me / team]));
+      for (int d = 0; d < count; ++d) barriers[d].reset(size);
+      if (me < size * count) {
+        const D& mine = directions[me / size];
+        f(mine, part_of(mine.shape, split_for(size), tile_rows, {me % size, size, &barriers[me / size]}));
       }
     }
   }
@@ -193,17 +198,25 @@ const Kernels& kernels() {
   return *k;
 }
 
-int gates_of(int cell) {
-  constexpr int gates[kCells] = {1, 1, 4, 3};
-  return gates[cell];
-}
+namespace {
+
+struct Traits {
+  int gates;
+  bool splits;
+};
+template <class Cell>
+constexpr Traits traits_of = {Cell::kGates, Cell::kSplitGate >= 0};
+constexpr Traits kTraits[kCells] = {traits_of<RnnTanh>, traits_of<RnnRelu>, traits_of<Lstm>, traits_of<Gru>};
+
+}  // namespace
 
 template <class T>
 void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, int count, int threads) {
   const Shape& s = directions[0].shape;
   const Functions<T>& f = functions_of<T>(k);
   const bool projected = directions[0].weight_hr != nullptr;
-  const int64_t elements = forward_scratch(s, sizeof(T), gates_of(cell), projected),
+  const int gates = kTraits[cell].gates;
+  const int64_t elements = forward_scratch(s, sizeof(T), gates, projected),
                 stride = scratch_stride(s.proj, sizeof(T));
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) {
@@ -213,39 +226,72 @@ void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, in
       spread(directions[d].state0, s.batch, s.proj, mine + copy * s.batch * stride, stride);
     }
   }
-  run_parts(directions, gates_of(cell), sizeof(T), f.rows[cell], count, threads, f.forward[cell]);
+  run_parts(directions, gates, sizeof(T), f.rows[cell], count, threads, f.forward[cell]);
 }
 
 template <class T>
 void run_backward(const Kernels& k, int cell, BackwardDirection<T>* directions, int count, int threads) {
   const Shape& s = directions[0].shape;
   const Functions<T>& f = functions_of<T>(k);
-  const int64_t elements = backward_scratch(s, sizeof(T), gates_of(cell));
+  const auto [gates, splits] = kTraits[cell];
+  const int64_t elements =
+      backward_scratch(s, sizeof(T), gates, splits, directions[0].weight_hr != nullptr, std::max(threads, 1));
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
-  run_parts(directions, gates_of(cell), sizeof(T), f.rows[0], count, threads, f.backward[cell]);
+  run_parts(directions, gates, sizeof(T), f.rows[0], count, threads, f.backward[cell]);
 }
 
+namespace {
+
+// f(begin, end) for shares of `blocks` blocks, over threads where the bytes are worth a region.
+template <class F>
+void share_blocks(int64_t blocks, int64_t bytes, int threads, F f) {
+  constexpr int64_t kWorthARegion = 256 << 10;
+  if (bytes < kWorthARegion) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    f(blocks * me / team, blocks * (me + 1) / team);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void run_pack_rows(const Kernels& k, const T* weight, int64_t gates, int64_t n, int64_t columns, T* packed,
+                   int threads) {
+  const Functions<T>& f = functions_of<T>(k);
+  const int64_t bytes = gates * n * columns * static_cast<int64_t>(sizeof(T));
+  share_blocks((n + f.width - 1) / f.width, bytes, threads, [&](int64_t begin, int64_t end) {
+    f.pack_rows(weight, gates, n, columns, begin, end, packed);
+  });
+}
+
+template <class T>
+void run_pack_columns(const Kernels& k, const T* weight, int64_t rows, int64_t n, T* packed, int threads) {
+  const Functions<T>& f = functions_of<T>(k);
+  const int64_t bytes = rows * n * static_cast<int64_t>(sizeof(T));
+  share_blocks((n + f.width - 1) / f.width, bytes, threads, [&](int64_t begin, int64_t end) {
+    f.pack_columns(weight, rows, n, begin, end, packed);
+  });
+}
+
+void huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+template void run_pack_rows<float>(const Kernels&, const float*, int64_t, int64_t, int64_t, float*, int);
+template void run_pack_rows<double>(const Kernels&, const double*, int64_t, int64_t, int64_t, double*, int);
+template void run_pack_columns<float>(const Kernels&, const float*, int64_t, int64_t, float*, int);
+template void run_pack_columns<double>(const Kernels&, const double*, int64_t, int64_t, double*, int);
 template void run_forward<float>(const Kernels&, int, ForwardDirection<float>*, int, int);
 template void run_forward<double>(const Kernels&, int, ForwardDirection<double>*, int, int);
 template void run_backward<float>(const Kernels&, int, BackwardDirection<float>*, int, int);
 template void run_backward<double>(const Kernels&, int, BackwardDirection<double>*, int, int);
-
-void previous_rows(const Shape& s, bool reverse, const char* output, int64_t output_stride, const char* initial,
-                   char* previous, int64_t row_bytes) {
-  const auto size = [&](int64_t t) {
-    return t < 0 || t >= s.time ? 0 : s.batch_sizes ? s.batch_sizes[t] : s.batch;
-  };
-  int64_t row = 0;
-  for (int64_t t = 0; t < s.time; ++t) {
-    const int64_t active = size(t), before = std::min(active, reverse ? size(t + 1) : size(t - 1));
-    const int64_t from = reverse ? row + active : row - size(t - 1);
-    for (int64_t b = 0; b < active; ++b) {
-      memcpy(previous + (row + b) * row_bytes,
-             b < before ? output + (from + b) * output_stride : initial + b * row_bytes, row_bytes);
-    }
-    row += active;
-  }
-}
 
 }  // namespace fusedrnn

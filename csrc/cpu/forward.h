@@ -31,7 +31,7 @@ struct ForwardScan {
                             T* acc /*[count, blocks, kGates, W]*/) const {
     if (d.packed) {
       const int64_t block = k * kGates * W;
-      tile_for<T, kGates>(count, blocks)(k, rows, row_stride, weight + unit_block * block, block, acc);
+      tile_for<T, kGates>(count, blocks)(k, rows, row_stride, 1, weight + unit_block * block, block, acc);
     } else {
       unpacked_tile<T, kGates>(count, blocks, k, rows, row_stride, weight, units, unit_block, acc);
     }
@@ -74,22 +74,18 @@ struct ForwardScan {
 
   // Makes the x_gates of as many steps from `now` on as fit.
   FUSEDRNN_HD void next_chunk(Chunk& c, const Clock& now, int64_t step, Range units) const {
-    Clock end = now;
-    int64_t low = now.row, high = now.row + now.active;
+    const Span span = span_from(now, step, !d.reverse, [&](const Span& longer) {
+      const int64_t steps = longer.end_step - longer.first_step;
+      return (c.all_rows ? longer.row_end - longer.row_begin : steps * s.batch) <= c.slots;
+    });
     c.first_step = step;
-    for (c.end_step = step + 1; c.end_step < s.time; ++c.end_step) {
-      advance(end, !d.reverse);
-      const int64_t l = smaller(low, end.row), h = end.row + end.active > high ? end.row + end.active : high;
-      if ((c.all_rows ? h - l : (c.end_step + 1 - step) * s.batch) > c.slots) break;
-      low = l;
-      high = h;
-    }
-    c.row = low;
+    c.end_step = span.end_step;
+    c.row = span.row_begin;
+    const int64_t rows = span.row_end - span.row_begin;
     for_groups(units, kBlocks<G>, false, [&](int64_t unit_block, int64_t blocks) {
       if (c.all_rows) {
-        const Part whole{0, high - low, high - low, 0, 1, nullptr};
-        for_tiles(whole, high - low, kRows, [&](int64_t slot, int64_t rows) {
-          project_input(c, slot, unit_block, blocks, low + slot, rows);
+        for_each_tile(0, rows, kRows, [&](int64_t slot, int64_t count) {
+          project_input(c, slot, unit_block, blocks, c.row + slot, count);
         });
         return;
       }

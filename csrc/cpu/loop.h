@@ -1,7 +1,6 @@
 // How a thread walks its share of a step: its rows in tiles, its blocks of units in groups.
 #pragma once
 
-#include "scan.h"
 #include "tile.h"
 
 namespace fusedrnn {
@@ -17,18 +16,23 @@ FUSEDRNN_HD Range share(int64_t total, int member, int members) {
 
 FUSEDRNN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// f(first row, rows) for tiles of about equal size that cover the part's rows below `active`.
+// f(first, count) for tiles of about equal size, at most `most`, that cover [begin, end).
+template <class F>
+FUSEDRNN_HD void for_each_tile(int64_t begin, int64_t end, int64_t most, F f) {
+  const int64_t count = end - begin, tiles = (count + most - 1) / most;
+  int64_t done = 0;
+  for (int64_t i = 1; i <= tiles; ++i) {
+    const int64_t next = count * i / tiles;
+    f(begin + done, next - done);
+    done = next;
+  }
+}
+
+// The same for the part's rows below `active`.
 template <class F>
 FUSEDRNN_HD void for_tiles(const Part& part, int64_t active, int64_t most, F f) {
   for (int64_t first = part.row_first; first < active; first += part.row_step) {
-    const int64_t count = smaller(part.row_count, active - first);
-    const int64_t tiles = (count + most - 1) / most;
-    int64_t begin = 0;
-    for (int64_t i = 1; i <= tiles; ++i) {
-      const int64_t end = count * i / tiles;
-      f(first + begin, end - begin);
-      begin = end;
-    }
+    for_each_tile(first, smaller(first + part.row_count, active), most, f);
   }
 }
 
@@ -44,6 +48,14 @@ FUSEDRNN_HD void for_groups(Range range, int64_t most, bool backwards, F f) {
       f(b, e - b);
     }
   }
+}
+
+// f(slab) for parts of the k of a product, short enough that the four blocks of the weight which one
+// tile after the other reads stay in the second-level cache.
+template <class F>
+FUSEDRNN_HD void for_slabs(int64_t k, F f) {
+  const int64_t most = (int64_t{512} << 10) / (4 * FUSEDRNN_VECTOR_BYTES), slabs = (k + most - 1) / most;
+  for (int64_t i = 0; i < slabs; ++i) f(Range{k * i / slabs, k * (i + 1) / slabs});
 }
 
 // Where time stands: step t, its rows [row, row + active) of N, and those of the neighbour step
@@ -77,6 +89,27 @@ FUSEDRNN_HD void advance(Clock& c, bool up) {
     c.active = c.size(--c.t);
     c.row -= c.active;
   }
+}
+
+// Steps [first, end) in scan order and the rows of N that they cover.
+struct Span {
+  int64_t first_step, end_step, row_begin, row_end;
+};
+
+// The steps from `now` on for which fits(span) holds; at least one.
+template <class F>
+FUSEDRNN_HD Span span_from(Clock now, int64_t step, bool up, F fits) {
+  Span span{step, step + 1, now.row, now.row + now.active};
+  while (span.end_step < now.s.time) {
+    advance(now, up);
+    Span longer = span;
+    longer.end_step += 1;
+    longer.row_begin = smaller(span.row_begin, now.row);
+    if (now.row + now.active > span.row_end) longer.row_end = now.row + now.active;
+    if (!fits(longer)) break;
+    span = longer;
+  }
+  return span;
 }
 
 }  // namespace

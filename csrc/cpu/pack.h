@@ -1,4 +1,4 @@
-// Weights in the order in which a tile reads them.
+// Weights in the order in which a tile reads them. Each call packs some blocks of W units.
 #pragma once
 
 #include "simd.h"
@@ -7,11 +7,12 @@ namespace fusedrnn {
 namespace {
 
 template <class T>
-void pack_rows(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k_end,
+void pack_rows(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k_end, int64_t begin, int64_t end,
                T* packed /*[ceil(n/W), k, G, W]*/) {
   constexpr int W = Simd<T>::kWidth;
   T square[W][W];
-  for (int64_t first = 0; first < n; first += W) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * W;
     const int64_t lanes = n - first < W ? n - first : W;
     for (int64_t g = 0; g < gates; ++g) {
       const T* from = weight + (g * n + first) * k_end;
@@ -29,9 +30,11 @@ void pack_rows(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k
 }
 
 template <class T>
-void pack_columns(const T* weight /*[k, n]*/, int64_t k_end, int64_t n, T* packed /*[ceil(n/W), k, W]*/) {
+void pack_columns(const T* weight /*[k, n]*/, int64_t k_end, int64_t n, int64_t begin, int64_t end,
+                  T* packed /*[ceil(n/W), k, W]*/) {
   constexpr int W = Simd<T>::kWidth;
-  for (int64_t first = 0; first < n; first += W) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * W;
     const int lanes = static_cast<int>(n - first < W ? n - first : W);
     T* to = packed + first * k_end;
     for (int64_t k = 0; k < k_end; ++k) store(to + k * W, load(weight + k * n + first, lanes));

@@ -24,12 +24,19 @@ struct Shape {
   const int64_t* batch_sizes;  // [T], or null when every step has B rows
 };
 
-// The share of one thread: some rows and some units of one direction. Rows come as segments
+// The threads that work on one direction.
+struct Team {
+  int member, size;
+  Barrier* barrier;  // null for a team of one
+};
+
+// The share of one thread in a step: some rows and some units of one direction. Rows come as segments
 // [row_first + i * row_step, + row_count); units as the member-th of `members` equal shares.
 struct Part {
   int64_t row_first, row_count, row_step;
   int member, members;
   Barrier* barrier;  // null when no other thread works on the same rows
+  Team team;
 };
 
 template <class T>
@@ -54,14 +61,19 @@ struct ForwardDirection {
   T* scratch;                // forward_scratch() elements
 };
 
+// Outputs that are null are not wanted; the others need no initial value unless said so.
 template <class T>
 struct BackwardDirection {
   Shape shape;
   bool reverse;
+  const T* input;            // [N, I]
+  int64_t inputs;            // I
+  const T* weight_ih;        // packed [ceil(I/W), G*H, W], null if d_input is
   const T* weight_hh;        // packed [ceil(P/W), G*H, W]
   const T* weight_hr;        // packed [ceil(H/W), P, W], null without a projection
   const T* gates;            // [N, G*H], null if the cell does not save them
   const T* extra;            // [N, H] or null
+  const T* raw;              // [N, H], null without a projection
   const T* output;           // [N, P], row stride output_stride
   int64_t output_stride;
   const T* initial0;         // [B, P]
@@ -70,9 +82,12 @@ struct BackwardDirection {
   int64_t d_output_stride;
   T* d_state0;               // [B, P] in: gradient of the last hidden state; out: of the initial one
   T* d_state1;               // [B, H] likewise, or null
-  T* d_x_gates;              // [N, G*H]
-  T* d_split;                // [N, H] h_gates gradient of Cell::kSplitGate, or null
-  T* d_hidden;               // [N, P] gradient of the projected hidden state, null without one
+  T* d_input;                // [N, I]
+  T* d_weight_ih;            // [G*H, I]
+  T* d_weight_hh;            // [G*H, P]
+  T* d_bias_ih;              // [G*H]
+  T* d_bias_hh;              // [G*H]
+  T* d_weight_hr;            // [P, H]
   T* scratch;                // backward_scratch() elements
 };
 
@@ -80,10 +95,11 @@ template <class T>
 struct Functions {
   void (*forward[kCells])(const ForwardDirection<T>&, const Part&);
   void (*backward[kCells])(const BackwardDirection<T>&, const Part&);
-  // packed[b][k][g][l] = weight[g * n + b * W + l][k], zero where b * W + l >= n
-  void (*pack_rows)(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k, T* packed);
-  // packed[b][k][l] = weight[k][b * W + l], zero where b * W + l >= n
-  void (*pack_columns)(const T* weight /*[k, n]*/, int64_t k, int64_t n, T* packed);
+  // packed[b][k][g][l] = weight[g * n + b * W + l][k], zero where b * W + l >= n; begin <= b < end
+  void (*pack_rows)(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k, int64_t begin, int64_t end,
+                    T* packed);
+  // packed[b][k][l] = weight[k][b * W + l], zero where b * W + l >= n; begin <= b < end
+  void (*pack_columns)(const T* weight /*[k, n]*/, int64_t k, int64_t n, int64_t begin, int64_t end, T* packed);
   void (*math)(int function, const T* in /*[n]*/, T* out /*[n]*/, int64_t n);  // sigmoid, tanh
   int width;      // W
   int rows[kCells];  // batch rows that the forward tile of a cell takes at once
@@ -120,8 +136,25 @@ constexpr int64_t forward_scratch(const Shape& s, int64_t element_bytes, int64_t
                     (projected ? scratch_stride(s.hidden, element_bytes) : 0)) +
          chunk_rows(s, element_bytes, gates) * gates * units;
 }
-constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates) {
-  return s.batch * 2 * scratch_stride(gates * s.hidden, element_bytes);
+// The longest sum that one accumulator makes. The rounding error of a sum grows with its length; sums
+// of partial sums keep a product over thousands of values as exact as a blocked GEMM's.
+constexpr int64_t kLongestSum = 256;
+
+// The rows whose gate gradients are kept until the products over them are made.
+constexpr int64_t backward_chunk_rows(const Shape& s) {
+  const int64_t steps = kLongestSum / (s.batch > 0 ? s.batch : 1);
+  const int64_t rows = (steps > 1 ? steps : 1) * s.batch;
+  return rows < s.rows ? rows : s.rows;
+}
+// A panel holds this many columns of one factor of a product over rows.
+constexpr int64_t kPanelBytes = 4 * 64;
+constexpr int64_t panel_scratch(int64_t element_bytes) { return kLongestSum * (kPanelBytes / element_bytes); }
+// d_x_gates, d_h_gates if the cell splits them, d_hidden behind a projection, a panel per thread.
+constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates, bool split, bool projected,
+                                   int64_t threads) {
+  return backward_chunk_rows(s) * ((split ? 2 : 1) * scratch_stride(gates * s.hidden, element_bytes) +
+                                   (projected ? scratch_stride(s.proj, element_bytes) : 0)) +
+         threads * panel_scratch(element_bytes);
 }
 
 }  // namespace fusedrnn

@@ -2,6 +2,7 @@
 // held in registers for the whole of K. Packed weights are read once, front to back.
 #pragma once
 
+#include "scan.h"
 #include "simd.h"
 
 namespace fusedrnn {
@@ -15,12 +16,9 @@ constexpr int max_rows(int columns) {
   return kRegisters == 32 ? (columns == 4 ? 6 : 8) : (columns == 4 ? 3 : 4);
 }
 
-// The longest sum that one accumulator makes. The rounding error of a sum grows with its length; sums
-// of partial sums keep a product over thousands of values as exact as a blocked GEMM's.
-constexpr int64_t kLongestSum = 256;
-
+// rows[r][k] is at rows[r * stride + k * k_stride].
 template <class T, int R, int NB, int G>
-void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int64_t stride,
+void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
           const T* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
           T* __restrict__ out /*[R, NB, G, W]*/) {
   using V = typename Simd<T>::V;
@@ -48,7 +46,7 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int6
         for (int n = 0; n < N; ++n) w[n] = load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const V h = splat(rows[r * stride + k + u]);
+          const V h = splat(rows[r * stride + (k + u) * k_stride]);
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n) acc[u][r][n] += w[n] * h;
         }
@@ -60,7 +58,7 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int6
         for (int n = 0; n < N; ++n) {
           const V w = load(weight + (n / G) * block + (k * G + n % G) * W);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[0][r][n] += w * splat(rows[r * stride + k]);
+          for (int r = 0; r < R; ++r) acc[0][r][n] += w * splat(rows[r * stride + k * k_stride]);
         }
       }
     }
@@ -78,7 +76,7 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end], stride*/, int6
 }
 
 template <class T>
-using Tile = void (*)(int64_t, const T*, int64_t, const T*, int64_t, T*);
+using Tile = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*);
 
 // tile<T, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
 template <class T, int NB, int G>

@@ -1,5 +1,4 @@
-"""The fused CPU kernels of `fusedrnn._C`: tensors to raw pointers, weight packing, the matrix
-products around the scan.
+"""The fused CPU kernels of `fusedrnn._C`: tensors to raw pointers, and weight packing.
 
 fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32 and rounded once, at the end.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,9 @@ _CELLS = {
     "lstm": _Cell(2, 4, 2, True, True, False),
     "gru": _Cell(3, 3, 1, True, True, True),
 }
+_T = TypeVar("_T")
 _HALF = (torch.float16, torch.bfloat16)
+_FRESH = 4 << 20  # bytes; malloc hands large blocks back to the system and takes fresh pages the next time
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
@@ -131,10 +132,10 @@ def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
     if kind == "rows":
         n = rows // gates
         pack = weight.new_empty(-(-n // width) * width * gates * columns)
-        _C.pack_rows(f64, weight.data_ptr(), gates, n, columns, pack.data_ptr())
+        _C.pack_rows(f64, weight.data_ptr(), gates, n, columns, pack.data_ptr(), torch.get_num_threads())
     else:
         pack = weight.new_empty(-(-columns // width) * width * rows)
-        _C.pack_columns(f64, weight.data_ptr(), rows, columns, pack.data_ptr())
+        _C.pack_columns(f64, weight.data_ptr(), rows, columns, pack.data_ptr(), torch.get_num_threads())
     return pack
 
 
@@ -153,15 +154,22 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-class _Weights(NamedTuple):
-    ih: Tensor  # [G*H, I]
-    hh: Tensor  # [G*H, P]
-    bias_ih: Tensor | None  # [G*H]
-    bias_hh: Tensor | None  # [G*H]
-    hr: Tensor | None  # [P, H]
+def _large(tensor: Tensor) -> Tensor:
+    """The tensor, with huge pages behind it if it is large enough for malloc to take fresh ones."""
+    if tensor.nbytes >= _FRESH:
+        _C.huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
-def _weights(flat: Sequence[Tensor], directions: int) -> list[_Weights]:
+class _Weights(NamedTuple, Generic[_T]):
+    ih: _T  # [G*H, I]
+    hh: _T  # [G*H, P]
+    bias_ih: _T | None  # [G*H]
+    bias_hh: _T | None  # [G*H]
+    hr: _T | None  # [P, H]
+
+
+def _weights(flat: Sequence[_T], directions: int) -> list[_Weights[_T]]:
     each = len(flat) // directions
     found = []
     for d in range(directions):
@@ -198,12 +206,13 @@ def forward(
     per_direction = _weights(weights, directions)
 
     width = directions * proj
-    output = x.new_empty((*input.shape[:-1], width))
+    output = _large(x.new_empty((*input.shape[:-1], width)))
     last = [s.float() if half else s.clone() for s in states]
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
-        saved = [x.new_empty(shape) for shape in saved_shapes(cell, directions, rows, hidden, projected)]
+        shapes = saved_shapes(cell, directions, rows, hidden, projected)
+        saved = [_large(x.new_empty(shape)) for shape in shapes]
     if rows:
         size = 8 if f64 else 4
         pointers = [t.data_ptr() for t in saved]
@@ -283,19 +292,19 @@ def backward(
     d_states = [
         torch.zeros_like(s) if g is None else g.to(x.dtype, copy=True) for s, g in zip(initial, grad_last)
     ]
-    d_x_gates = x.new_empty((directions, rows, gates * hidden))
-    d_split = x.new_empty((directions, rows, hidden)) if spec.split_gate else None
-    d_hidden = x.new_empty((directions, rows, proj)) if projected else None
+    # Each direction makes a gradient of the input of its own; they are added at the end.
+    new = x.new_empty if rows else x.new_zeros
+    d_input = _large(new((directions, rows, x.shape[1]))) if needs[0] else None
+    d_weights = [new(w.shape) if need else None for w, need in zip(weights, needs[1])]
     if rows:
-        packs = [
-            (
+        args, alive = [], []
+        for d, (w, d_w) in enumerate(zip(per_direction, _weights(d_weights, directions))):
+            packs = (
+                None if d_input is None else _packed(w.ih, "columns"),
                 _packed(w.hh, "columns"),
                 None if w.hr is None else _packed(w.hr, "columns"),
             )
-            for w in per_direction
-        ]
-        args = []
-        for d, (hh, hr) in enumerate(packs):
+            alive.append(packs)  # the table may drop a pack while it is in use
             args.append(
                 (
                     time,
@@ -305,10 +314,12 @@ def backward(
                     rows,
                     _pointer(batch_sizes),
                     d,
-                    hh.data_ptr(),
-                    _pointer(hr),
+                    x.data_ptr(),
+                    x.shape[1],
+                    *map(_pointer, packs),
                     saved[0][d].data_ptr() if spec.saves_gates else 0,
                     saved[1][d].data_ptr() if spec.extra else 0,
+                    saved[2][d].data_ptr() if projected else 0,
                     out.data_ptr() + d * proj * size,
                     width,
                     initial[0][d].data_ptr(),
@@ -317,84 +328,16 @@ def backward(
                     width,
                     d_states[0][d].data_ptr(),
                     d_states[1][d].data_ptr() if spec.states == 2 else 0,
-                    d_x_gates[d].data_ptr(),
-                    d_split[d].data_ptr() if d_split is not None else 0,
-                    d_hidden[d].data_ptr() if d_hidden is not None else 0,
+                    0 if d_input is None else d_input[d].data_ptr(),
+                    *map(_pointer, d_w),
                 )
             )
         _C.backward(spec.number, f64, torch.get_num_threads(), *args)
 
-    grad_input: Tensor | None = None
-    if needs[0]:
-        for d, w in enumerate(per_direction):
-            part = torch.mm(d_x_gates[d], _wide(w.ih))
-            grad_input = part if grad_input is None else grad_input.add_(part)
-        assert grad_input is not None
-        grad_input = grad_input.view(input.shape).to(storage)
-    grad_weights: list[Tensor | None] = []
-    each = len(weights) // directions
-    for d, w in enumerate(per_direction):
-        need = needs[1][d * each : (d + 1) * each]
-        split = None if d_split is None else d_split[d]
-        found: list[Tensor | None] = [None] * each
-        if need[0]:
-            found[0] = torch.mm(d_x_gates[d].t(), x)
-        if need[1]:
-            start = initial[0][d]
-            if batch_sizes is None:
-                # The hidden state before each row is the output one step away, but for the first.
-                body = slice(0, rows - batch) if d else slice(batch, rows)
-                edge = slice(rows - batch, rows) if d else slice(0, batch)
-                shifted = out[batch:] if d else out[: rows - batch]
-                pairs = [(edge, start), (body, shifted[:, d * proj : (d + 1) * proj])]
-            else:
-                pairs = [(slice(0, rows), _previous(out, start, batch_sizes, d, proj))]
-            found[1] = _recurrent_grad(w.hh.shape, d_x_gates[d], split, pairs)
-        if w.bias_ih is not None and (need[2] or need[3]):
-            bias = d_x_gates[d].sum(0)
-            found[2] = bias if need[2] else None
-            if need[3]:
-                found[3] = (
-                    bias.clone() if split is None else torch.cat([bias[: -split.shape[1]], split.sum(0)])
-                )
-        if d_hidden is not None and need[-1]:
-            found[-1] = torch.mm(d_hidden[d].t(), saved[2][d])
-        grad_weights += [None if g is None else g.to(storage) for g in found]
+    grad_input = None
+    if d_input is not None:
+        grad_input = (d_input[0] if directions == 1 else d_input[0].add_(d_input[1])).view(input.shape)
+        grad_input = grad_input.to(storage)
+    grad_weights = [None if g is None else g.to(storage) for g in d_weights]
     grad_states = [s.to(storage) if need else None for s, need in zip(d_states, needs[2])]
     return grad_input, grad_weights, grad_states
-
-
-def _previous(output: Tensor, start: Tensor, batch_sizes: Tensor, d: int, proj: int) -> Tensor:
-    """[N, P]: the hidden state that each packed row's step started from."""
-    rows, width = output.shape
-    size = output.element_size()
-    found = output.new_empty((rows, proj))
-    shape = (batch_sizes.shape[0], start.shape[0], 0, proj, rows, batch_sizes.data_ptr())
-    _C.previous_rows(
-        shape,
-        d == 1,
-        output.data_ptr() + d * proj * size,
-        width * size,
-        start.data_ptr(),
-        found.data_ptr(),
-        proj * size,
-    )
-    return found
-
-
-def _recurrent_grad(
-    shape: torch.Size, d_x_gates: Tensor, split: Tensor | None, pairs: list[tuple[slice, Tensor]]
-) -> Tensor:
-    """d_h_gates.T @ previous hidden states. d_h_gates are d_x_gates but for the split gate."""
-    grad = d_x_gates.new_empty(shape)
-    cut = shape[0] if split is None else shape[0] - split.shape[1]
-    blocks = [(d_x_gates[:, :cut], grad[:cut])]
-    if split is not None:
-        blocks.append((split, grad[cut:]))
-    for d_gates, part in blocks:
-        for i, (rows, previous) in enumerate(pairs):
-            if i == 0:
-                torch.mm(d_gates[rows].t(), previous, out=part)
-            elif previous.shape[0]:
-                part.addmm_(d_gates[rows].t(), previous)
-    return grad

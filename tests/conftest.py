@@ -1,10 +1,25 @@
 """What more than one test file needs."""
 
+import os
+
 import pytest
+import torch
 
 import fusedrnn
 from fusedrnn import ops
 from fusedrnn.backends import select
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_per_worker():
+    """Workers of pytest-xdist share the cores: more threads than those would wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
+    else:
+        yield
 
 
 @pytest.fixture

@@ -29,17 +29,17 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Only these files may use instructions beyond the platform's baseline.
 ISA_FLAGS = {
-    "scan_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "scan_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    ],
+    "scan_avx2.cpp": AVX2,
+    "scan_avx512.cpp": AVX512,
+    "scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"]
 if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES += ["csrc/cpu/scan_avx2.cpp", "csrc/cpu/scan_avx512.cpp"]
+    SOURCES += [f"csrc/cpu/{name}" for name in ISA_FLAGS]
 
 
 # What every object depends on beside its source: the flags are in this file.

@@ -27,20 +27,21 @@ Shape read_shape(const py::tuple& t) {
 
 // A direction comes as one tuple in the order of the struct's fields: parsing named arguments
 // would cost more than a short scan.
-template <class T>
-void read(const py::tuple& t, ForwardDirection<T>& d) {
+template <class S>
+void read(const py::tuple& t, ForwardDirection<S>& d) {
+  using T = Acc<S>;
   if (t.size() != 22) throw std::invalid_argument("forward: a direction has 22 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
-  d.input = pointer<const T>(t[7]);
+  d.input = pointer<const S>(t[7]);
   d.inputs = integer(t[8]);
   d.packed = integer(t[9]) != 0;
-  d.weight_ih = pointer<const T>(t[10]);
-  d.weight_hh = pointer<const T>(t[11]);
+  d.weight_ih = pointer<const Factor<S>>(t[10]);
+  d.weight_hh = pointer<const Factor<S>>(t[11]);
   d.bias_ih = pointer<const T>(t[12]);
   d.bias_hh = pointer<const T>(t[13]);
-  d.weight_hr = pointer<const T>(t[14]);
-  d.output = pointer<T>(t[15]);
+  d.weight_hr = pointer<const Factor<S>>(t[14]);
+  d.output = pointer<S>(t[15]);
   d.output_stride = integer(t[16]);
   d.state0 = pointer<T>(t[17]);
   d.state1 = pointer<T>(t[18]);
@@ -49,28 +50,29 @@ void read(const py::tuple& t, ForwardDirection<T>& d) {
   d.raw = pointer<T>(t[21]);
 }
 
-template <class T>
-void read(const py::tuple& t, BackwardDirection<T>& d) {
+template <class S>
+void read(const py::tuple& t, BackwardDirection<S>& d) {
+  using T = Acc<S>;
   if (t.size() != 29) throw std::invalid_argument("backward: a direction has 29 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
-  d.input = pointer<const T>(t[7]);
+  d.input = pointer<const S>(t[7]);
   d.inputs = integer(t[8]);
-  d.weight_ih = pointer<const T>(t[9]);
-  d.weight_hh = pointer<const T>(t[10]);
-  d.weight_hr = pointer<const T>(t[11]);
+  d.weight_ih = pointer<const Factor<S>>(t[9]);
+  d.weight_hh = pointer<const Factor<S>>(t[10]);
+  d.weight_hr = pointer<const Factor<S>>(t[11]);
   d.gates = pointer<const T>(t[12]);
   d.extra = pointer<const T>(t[13]);
   d.raw = pointer<const T>(t[14]);
-  d.output = pointer<const T>(t[15]);
+  d.output = pointer<const S>(t[15]);
   d.output_stride = integer(t[16]);
-  d.initial0 = pointer<const T>(t[17]);
+  d.initial0 = pointer<const S>(t[17]);
   d.initial1 = pointer<const T>(t[18]);
-  d.d_output = pointer<const T>(t[19]);
+  d.d_output = pointer<const S>(t[19]);
   d.d_output_stride = integer(t[20]);
   d.d_state0 = pointer<T>(t[21]);
   d.d_state1 = pointer<T>(t[22]);
-  d.d_input = pointer<T>(t[23]);
+  d.d_input = pointer<S>(t[23]);
   d.d_weight_ih = pointer<T>(t[24]);
   d.d_weight_hh = pointer<T>(t[25]);
   d.d_bias_ih = pointer<T>(t[26]);
@@ -91,20 +93,27 @@ void scan(int cell, int threads, const py::args& directions, Run run) {
   run(k, cell, d, count, threads);
 }
 
-void forward(int cell, bool f64, int threads, const py::args& directions) {
-  if (f64) {
-    scan<ForwardDirection<double>>(cell, threads, directions, run_forward<double>);
-  } else {
-    scan<ForwardDirection<float>>(cell, threads, directions, run_forward<float>);
+// f(S{}) for the storage type of a code: 0 float, 1 double, 2 bf16.
+template <class Call>
+void for_storage(int code, Call f) {
+  switch (code) {
+    case 0: return f(float{});
+    case 1: return f(double{});
+    case 2: return f(Bf16{});
+    default: throw std::invalid_argument("storage: expected 0, 1 or 2");
   }
 }
 
-void backward(int cell, bool f64, int threads, const py::args& directions) {
-  if (f64) {
-    scan<BackwardDirection<double>>(cell, threads, directions, run_backward<double>);
-  } else {
-    scan<BackwardDirection<float>>(cell, threads, directions, run_backward<float>);
-  }
+void forward(int cell, int storage, int threads, const py::args& directions) {
+  for_storage(storage, [&](auto s) {
+    scan<ForwardDirection<decltype(s)>>(cell, threads, directions, run_forward<decltype(s)>);
+  });
+}
+
+void backward(int cell, int storage, int threads, const py::args& directions) {
+  for_storage(storage, [&](auto s) {
+    scan<BackwardDirection<decltype(s)>>(cell, threads, directions, run_backward<decltype(s)>);
+  });
 }
 
 template <class T>
@@ -116,24 +125,28 @@ T* at(uintptr_t address) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fusedrnn over raw pointers.";
-  m.def("forward", &forward, "forward(cell, f64, threads, *directions)");
-  m.def("backward", &backward, "backward(cell, f64, threads, *directions)");
+  m.def("forward", &forward, "forward(cell, storage, threads, *directions)");
+  m.def("backward", &backward, "backward(cell, storage, threads, *directions)");
   m.def(
       "pack_rows",
-      [](bool f64, uintptr_t weight, int64_t gates, int64_t n, int64_t k, uintptr_t packed, int threads) {
+      [](int storage, uintptr_t weight, int64_t gates, int64_t n, int64_t k, uintptr_t packed, int threads) {
         const Kernels& table = kernels();
         py::gil_scoped_release release;
-        f64 ? run_pack_rows(table, at<const double>(weight), gates, n, k, at<double>(packed), threads)
-            : run_pack_rows(table, at<const float>(weight), gates, n, k, at<float>(packed), threads);
+        for_storage(storage, [&](auto s) {
+          using S = decltype(s);
+          run_pack_rows<S>(table, at<const S>(weight), gates, n, k, at<Factor<S>>(packed), threads);
+        });
       },
       "[gates*n, k] -> [ceil(n/W), k, gates, W]");
   m.def(
       "pack_columns",
-      [](bool f64, uintptr_t weight, int64_t k, int64_t n, uintptr_t packed, int threads) {
+      [](int storage, uintptr_t weight, int64_t k, int64_t n, uintptr_t packed, int threads) {
         const Kernels& table = kernels();
         py::gil_scoped_release release;
-        f64 ? run_pack_columns(table, at<const double>(weight), k, n, at<double>(packed), threads)
-            : run_pack_columns(table, at<const float>(weight), k, n, at<float>(packed), threads);
+        for_storage(storage, [&](auto s) {
+          using S = decltype(s);
+          run_pack_columns<S>(table, at<const S>(weight), k, n, at<Factor<S>>(packed), threads);
+        });
       },
       "[k, n] -> [ceil(n/W), k, W]");
   m.def(
@@ -144,14 +157,17 @@ PYBIND11_MODULE(_C, m) {
       [](bool f64, int function, uintptr_t in, uintptr_t out, int64_t n) {
         const Kernels& table = kernels();
         py::gil_scoped_release release;
-        f64 ? table.f64.math(function, at<double>(in), at<double>(out), n)
-            : table.f32.math(function, at<float>(in), at<float>(out), n);
+        f64 ? table.math64(function, at<double>(in), at<double>(out), n)
+            : table.math32(function, at<float>(in), at<float>(out), n);
       },
       "the kernels' sigmoid (0) or tanh (1) of n values, for tests");
   m.def(
       "fingerprint", [](uintptr_t data, size_t bytes) { return kernels().fingerprint(at<const void>(data), bytes); },
       py::call_guard<py::gil_scoped_release>());
-  m.def("width", [](bool f64) { return f64 ? kernels().f64.width : kernels().f32.width; });
+  m.def("width", [](int storage) {
+    const Kernels& k = kernels();
+    return storage == 1 ? k.f64.width : k.f32.width;
+  });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
   m.def("isa_levels", &supported_levels);

@@ -17,7 +17,7 @@ from .testing import Parity, draw_inputs, parity
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = select.ORDER
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 # sizes that no vector width divides
 INPUT, HIDDEN, PROJ, TIME, BATCH = 11, 37, 13, 12, 5
 LENGTHS = (5, 12, 1, 12, 8)

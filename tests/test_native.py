@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import fusedrnn
 from fusedrnn.backends import native, reference
-from fusedrnn.testing import compare
+from fusedrnn.budget import compare
+from fusedrnn.testing import assert_parity, draw_inputs
 
 if native.unavailable():
     pytest.skip(native.unavailable(), allow_module_level=True)
@@ -17,8 +19,16 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 LEVELS = _C.isa_levels()
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=[name for name in LEVELS if not name.endswith("bf16")])
 def level(request):
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("")
+
+
+@pytest.fixture(params=LEVELS)
+def bf16_level(request):
+    """Also the levels that differ in products of bf16 only."""
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa("")
@@ -199,17 +209,49 @@ def test_long_sums_stay_within_the_budget():
         check("lstm", hidden, batch, 16, inputs=hidden)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cell", GATES)
-def test_half_is_fp32_rounded_once(cell, dtype):
-    args = problem(cell, 33, 3, 5, directions=2, dtype=dtype)
+def test_fp16_is_fp32_rounded_once(cell):
+    args = problem(cell, 33, 3, 5, directions=2, dtype=torch.float16)
     output, last, _ = native.forward(cell, *args, False)
     wide = [[t.float() for t in tensors] for tensors in ([args[0]], *args[2:4])]
     wide = native.forward(cell, wide[0][0], None, *wide[1:], 2, False)
     for ours, exact in zip([output, *last], [wide[0], *wide[1]]):
-        assert ours.dtype is dtype
-        assert torch.equal(ours, exact.to(dtype))
-    check(cell, 33, 3, 5, directions=2, dtype=dtype)
+        assert ours.dtype is torch.float16
+        assert torch.equal(ours, exact.to(torch.float16))
+    check(cell, 33, 3, 5, directions=2, dtype=torch.float16)
+
+
+BF16 = {"rnn_tanh": {}, "rnn_relu": {"nonlinearity": "relu"}, "lstm": {}, "gru": {}}
+
+
+def bf16_module(cell, inputs, hidden, **options):
+    torch.manual_seed(hidden)
+    make = getattr(fusedrnn, cell.split("_")[0].upper())
+    return make(inputs, hidden, dtype=torch.bfloat16, **BF16[cell], **options)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_bf16_against_torch(cell, bf16_level, poisoned, fused):
+    """Factors of products are bf16 and all else is fp32: within the budget of torch's own bf16."""
+    for hidden, inputs, batch, time, lengths in [
+        (1, 1, 1, 3, None),
+        (17, 5, 3, 7, [7, 3, 1]),
+        (33, 300, 33, 12, None),  # more than one chunk of rows in the backward, and a half-used pair
+        (96, 7, 1, 2, None),
+        (200, 64, 3, 4, [4, 4, 2]),
+    ]:
+        module = bf16_module(cell, inputs, hidden, bidirectional=hidden % 2 == 1)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert_parity(module, inputs=draw_inputs(module, time=time, batch=batch, lengths=lengths))
+
+
+def test_bf16_with_projection(bf16_level, fused):
+    for hidden, proj in [(17, 5), (96, 33), (64, 16)]:
+        module = bf16_module("lstm", 9, hidden, proj_size=proj)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert_parity(module, inputs=draw_inputs(module, time=9, batch=35))
 
 
 def test_saved_has_the_shapes_it_says():

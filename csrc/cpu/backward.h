@@ -14,22 +14,26 @@
 namespace fusedrnn {
 namespace {
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct BackwardScan {
+  using T = Acc<S>;
+  using F = Factor<S>;
   using V = typename Simd<T>::V;
-  static constexpr int W = Simd<T>::kWidth, G = Cell::kGates;
+  static constexpr int W = Simd<T>::kWidth, G = Cell::kGates, kPer = Storage<S>::kPerFactor;
 
-  const BackwardDirection<T>& d;
+  const BackwardDirection<S>& d;
   const Part& part;
   const Shape& s = d.shape;
   const int64_t H = s.hidden, P = s.proj;
-  const int64_t stride = scratch_stride(G * H, sizeof(T)), hidden_stride = scratch_stride(P, sizeof(T));
+  // Strides count values; the last factor of a row may be half.
+  const int64_t stride = kPer * scratch_stride(G * H, sizeof(T)), hidden_stride = kPer * scratch_stride(P, sizeof(T));
+  const int64_t gate_factors = ceil_div(G * H, kPer);
 
   // The gradients of a chunk's rows: row i of N is at slot i - span.row_begin.
   struct Chunk {
-    T* d_x_gates;  // [slots, stride]
-    T* d_h_gates;  // [slots, stride], d_x_gates itself unless the cell splits them
-    T* d_hidden;   // [slots, hidden_stride], null without a projection
+    S* d_x_gates;  // [slots, stride]
+    S* d_h_gates;  // [slots, stride], d_x_gates itself unless the cell splits them
+    S* d_hidden;   // [slots, hidden_stride], null without a projection
     Span span{};
   };
 
@@ -37,6 +41,16 @@ struct BackwardScan {
   FUSEDRNN_HD V incoming(int64_t row, int64_t b, int64_t u, int n) const {
     const V through_time = load(d.d_state0 + b * P + u, n);
     return d.d_output ? through_time + load(d.d_output + row * d.d_output_stride + u, n) : through_time;
+  }
+
+  // n values of a padded scratch row. What a half-used factor of a product multiplies by zero, behind
+  // the row's last value, must be a number.
+  static FUSEDRNN_HD void store_factors(S* to, bool last_of_row, int n, V v) {
+    if (kPer > 1 && last_of_row) {
+      store(to, keep_lanes<T>(v, n));
+    } else {
+      store(to, v, n);
+    }
   }
 
   // The gates of one row at one block of units; d_h is the gradient of the unprojected hidden state.
@@ -61,20 +75,24 @@ struct BackwardScan {
     d_next[0] = d_h;
     Cell::template backward<V>(act, extra, prev, d_next, d_x, d_hg, d_prev);
     for (int g = 0; g < G; ++g) {
-      store(c.d_x_gates + slot * stride + g * H + u, d_x[g], n);
-      if constexpr (Cell::kSplitGate >= 0) store(c.d_h_gates + slot * stride + g * H + u, d_hg[g], n);
+      store_factors(c.d_x_gates + slot * stride + g * H + u, g == G - 1, n, d_x[g]);
+      if constexpr (Cell::kSplitGate >= 0) {
+        store_factors(c.d_h_gates + slot * stride + g * H + u, g == G - 1, n, d_hg[g]);
+      }
     }
     if constexpr (Cell::kDirect) store(d.d_state0 + b * P + u, d_prev[0], n);
     if constexpr (Cell::kStates == 2) store(d.d_state1 + b * H + u, d_prev[1], n);
   }
 
-  // d_state0 (+)= d_h_gates @ weight_hh over the gates of `slab`; the first slab starts from what the
+  static FUSEDRNN_HD const F* factors(const S* row) { return reinterpret_cast<const F*>(row); }
+
+  // d_state0 (+)= d_h_gates @ weight_hh over the factors of `slab`; the first slab starts from what the
   // cell left there if it has a direct path.
-  FUSEDRNN_HD void through_weights(const T* d_h_gates /*[B, stride]*/, Range slab, int64_t unit_block, int64_t blocks,
+  FUSEDRNN_HD void through_weights(const S* d_h_gates /*[B, stride]*/, Range slab, int64_t unit_block, int64_t blocks,
                                    int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
-    const int64_t block = G * H * W;
-    tile_for<T, 1>(rows, blocks)(slab.end - slab.begin, d_h_gates + b0 * stride + slab.begin, stride, 1,
+    const int64_t block = gate_factors * W;
+    tile_for<S, 1>(rows, blocks)(slab.end - slab.begin, factors(d_h_gates + b0 * stride) + slab.begin, stride / kPer, 1,
                                  d.weight_hh + unit_block * block + slab.begin * W, block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
@@ -91,8 +109,8 @@ struct BackwardScan {
   FUSEDRNN_HD void projected_gates(const Clock& now, const Chunk& c, int64_t unit_block, int64_t blocks,
                                    int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
-    const int64_t block = P * W, slot = now.row + b0 - c.span.row_begin;
-    tile_for<T, 1>(rows, blocks)(P, c.d_hidden + slot * hidden_stride, hidden_stride, 1,
+    const int64_t k = ceil_div(P, kPer), block = k * W, slot = now.row + b0 - c.span.row_begin;
+    tile_for<S, 1>(rows, blocks)(k, factors(c.d_hidden + slot * hidden_stride), hidden_stride / kPer, 1,
                                  d.weight_hr + unit_block * block, block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
@@ -109,7 +127,7 @@ struct BackwardScan {
         for (int64_t block = outputs.begin; block < outputs.end; ++block) {
           const int64_t u = block * W;
           const int n = static_cast<int>(smaller(W, P - u));
-          store(c.d_hidden + (row - c.span.row_begin) * hidden_stride + u, incoming(row, b, u, n), n);
+          store_factors(c.d_hidden + (row - c.span.row_begin) * hidden_stride + u, true, n, incoming(row, b, u, n));
         }
       });
       if (part.barrier) barrier_wait(part.barrier);
@@ -128,9 +146,9 @@ struct BackwardScan {
       });
     }
     if (part.barrier) barrier_wait(part.barrier);
-    const T* d_h_gates = c.d_h_gates + (now.row - c.span.row_begin) * stride;
+    const S* d_h_gates = c.d_h_gates + (now.row - c.span.row_begin) * stride;
     for_groups(outputs, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
-      for_slabs(G * H, [&](Range slab) {
+      for_slabs(gate_factors, [&](Range slab) {
         for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
           through_weights(d_h_gates, slab, unit_block, blocks, b0, rows);
         });
@@ -138,73 +156,72 @@ struct BackwardScan {
     });
   }
 
-  // The hidden state that the step of each of the chunk's rows started from.
-  // f(row, pointer) is called for the rows [begin, end) of N in ascending order.
-  template <class F>
-  FUSEDRNN_HD void previous_hidden(Clock at, int64_t begin, int64_t end, F f) const {
+  // f(i, pointer) for the rows [begin, end) of N in ascending order: the hidden state that the step of
+  // row begin + i started from.
+  template <class Call>
+  FUSEDRNN_HD void previous_hidden(Clock at, int64_t begin, int64_t end, Call f) const {
     while (at.row > begin) advance(at, false);
     while (at.row + at.active <= begin) advance(at, true);
     for (int64_t row = begin; row < end; ++row) {
       while (row >= at.row + at.active) advance(at, true);
       const int64_t b = row - at.row;
-      f(row, b >= at.previous_active() ? d.initial0 + b * P
+      f(row - begin, b >= at.previous_active() ? d.initial0 + b * P
                                        : d.output + (at.previous_row() + b) * d.output_stride);
     }
   }
 
   // The gradients that are sums over rows, or that no later step waits for.
-  FUSEDRNN_HD void products(const Clock& now, const Chunk& c, bool first, T* panel) const {
+  FUSEDRNN_HD void products(const Clock& now, const Chunk& c, bool first, F* pairs, F* hidden_pairs, F* panel) const {
     const int64_t begin = c.span.row_begin, rows = c.span.row_end - begin, I = d.inputs;
     if (d.d_input) {
-      multiply_rows<T>(part.team, rows, G * H, c.d_x_gates, stride, d.weight_ih, I, d.d_input + begin * I, I);
+      multiply_rows<S>(part.team, rows, G * H, c.d_x_gates, stride, d.weight_ih, I, d.d_input + begin * I, I);
     }
     // Every thread makes panels of its own: sharing them would cost a barrier each.
-    const int64_t slabs = (rows + kLongestSum - 1) / kLongestSum;
+    const int64_t slabs = ceil_div(rows, kLongestSum);
     for (int64_t i = 0; i < slabs; ++i) {
       const Range slab = share(rows, static_cast<int>(i), static_cast<int>(slabs));
+      const int64_t count = slab.end - slab.begin, row = begin + slab.begin;
       const bool add = !first || i > 0;
-      const T* d_x_gates = c.d_x_gates + slab.begin * stride;
-      const T* d_h_gates = c.d_h_gates + slab.begin * stride;
+      const S* d_x_gates = c.d_x_gates + slab.begin * stride;
+      const S* d_h_gates = c.d_h_gates + slab.begin * stride;
       if (d.d_weight_ih) {
-        multiply_transposed<T>(part.team, slab, G * H, d_x_gates, stride, I, panel, add, d.d_weight_ih,
+        multiply_transposed<S>(part.team, count, G * H, d_x_gates, stride, I, pairs, panel, add, d.d_weight_ih,
                                [&](auto copy) {
-                                 for (int64_t r = slab.begin; r < slab.end; ++r) copy(r, d.input + (begin + r) * I);
+                                 for (int64_t r = 0; r < count; ++r) copy(r, d.input + (row + r) * I);
                                });
       }
       if (d.d_weight_hh) {
-        multiply_transposed<T>(part.team, slab, G * H, d_h_gates, stride, P, panel, add, d.d_weight_hh,
-                               [&](auto copy) {
-                                 previous_hidden(now, begin + slab.begin, begin + slab.end,
-                                                 [&](int64_t row, const T* from) { copy(row - begin, from); });
-                               });
+        multiply_transposed<S>(part.team, count, G * H, d_h_gates, stride, P, pairs, panel, add, d.d_weight_hh,
+                               [&](auto copy) { previous_hidden(now, row, row + count, copy); });
       }
       if (d.d_weight_hr) {
-        multiply_transposed<T>(part.team, slab, P, c.d_hidden + slab.begin * hidden_stride, hidden_stride, H, panel,
-                               add, d.d_weight_hr, [&](auto copy) {
-                                 for (int64_t r = slab.begin; r < slab.end; ++r) copy(r, d.raw + (begin + r) * H);
+        multiply_transposed<S>(part.team, count, P, c.d_hidden + slab.begin * hidden_stride, hidden_stride, H,
+                               hidden_pairs, panel, add, d.d_weight_hr, [&](auto copy) {
+                                 for (int64_t r = 0; r < count; ++r) copy(r, d.raw + (row + r) * H);
                                });
       }
-      const int64_t count = slab.end - slab.begin;
-      if (d.d_bias_ih) sum_rows<T>(part.team, count, G * H, d_x_gates, stride, add, d.d_bias_ih);
-      if (d.d_bias_hh) sum_rows<T>(part.team, count, G * H, d_h_gates, stride, add, d.d_bias_hh);
+      if (d.d_bias_ih) sum_rows<S>(part.team, count, G * H, d_x_gates, stride, add, d.d_bias_ih);
+      if (d.d_bias_hh) sum_rows<S>(part.team, count, G * H, d_h_gates, stride, add, d.d_bias_hh);
     }
   }
 
   void run() const {
     const int64_t slots = backward_chunk_rows(s);
-    Chunk c{d.scratch, d.scratch, nullptr};
-    T* next = d.scratch + slots * stride;
-    if constexpr (Cell::kSplitGate >= 0) {
-      c.d_h_gates = next;
-      next += slots * stride;
-    }
-    if (d.weight_hr) {
-      c.d_hidden = next;
-      next += slots * hidden_stride;
-    }
-    T* panel = next + part.team.member * panel_scratch(sizeof(T));
-    const Range units = share((H + W - 1) / W, part.member, part.members);
-    const Range outputs = share((P + W - 1) / W, part.member, part.members);
+    S* next = reinterpret_cast<S*>(d.scratch);
+    const auto take = [&](int64_t values) {
+      S* taken = next;
+      next += values;
+      return taken;
+    };
+    Chunk c{};
+    c.d_x_gates = c.d_h_gates = take(slots * stride);
+    if constexpr (Cell::kSplitGate >= 0) c.d_h_gates = take(slots * stride);
+    if (d.weight_hr) c.d_hidden = take(slots * hidden_stride);
+    F* pairs = reinterpret_cast<F*>(kPer > 1 ? take(kLongestSum / 2 * stride) : next);
+    F* hidden_pairs = reinterpret_cast<F*>(kPer > 1 && d.weight_hr ? take(kLongestSum / 2 * hidden_stride) : next);
+    F* panel = reinterpret_cast<F*>(next) + part.team.member * panel_scratch(sizeof(T));
+    const Range units = share(ceil_div(H, W), part.member, part.members);
+    const Range outputs = share(ceil_div(P, W), part.member, part.members);
     Clock now = clock_at(s, d.reverse, !d.reverse);
     int64_t i = 0;
     while (i < s.time) {
@@ -218,16 +235,16 @@ struct BackwardScan {
       }
       // The products read all rows and units of the chunk, and the next chunk takes its place.
       if (part.team.barrier) barrier_wait(part.team.barrier);
-      products(now, c, first, panel);
+      products(now, c, first, pairs, hidden_pairs, panel);
       if (part.team.barrier && i < s.time) barrier_wait(part.team.barrier);
       if (i < s.time) advance(now, d.reverse);
     }
   }
 };
 
-template <class Cell, class T>
-void backward_scan(const BackwardDirection<T>& d, const Part& part) {
-  BackwardScan<Cell, T>{d, part}.run();
+template <class Cell, class S>
+void backward_scan(const BackwardDirection<S>& d, const Part& part) {
+  BackwardScan<Cell, S>{d, part}.run();
 }
 
 }  // namespace

@@ -42,6 +42,7 @@ const std::vector<Level>& levels() {
 #if defined(__x86_64__) || defined(_M_X64)
       {&kAvx2Kernels, has_avx2()},
       {&kAvx512Kernels, has_avx512()},
+      {&kAvx512Bf16Kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
 #endif
   };
   return all;
@@ -142,14 +143,24 @@ void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_r
   }
 }
 
-// Rows of `columns` elements into rows of `stride`.
-template <class T>
-void spread(const T* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * stride, from + r * columns, sizeof(T) * columns);
+// Rows of `columns` values into rows of `stride` factors.
+template <class S>
+void spread(const Acc<S>* from, int64_t rows, int64_t columns, Factor<S>* to, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if constexpr (Storage<S>::kPerFactor == 1) {
+      memcpy(to + r * stride, from + r * columns, sizeof(S) * columns);
+    } else {
+      // Initial states were bf16 before they were widened: nothing is lost in the lower half.
+      const auto* bits = reinterpret_cast<const uint32_t*>(from) + r * columns;
+      for (int64_t i = 0; i < columns; i += 2) {
+        to[r * stride + i / 2].bits = bits[i] >> 16 | (i + 1 < columns ? bits[i + 1] & 0xffff0000u : 0);
+      }
+    }
+  }
 }
 
-template <class T>
-const Functions<T>& functions_of(const Kernels& k);
+template <class S>
+const Functions<S>& functions_of(const Kernels& k);
 template <>
 const Functions<float>& functions_of<float>(const Kernels& k) {
   return k.f32;
@@ -157,6 +168,10 @@ const Functions<float>& functions_of<float>(const Kernels& k) {
 template <>
 const Functions<double>& functions_of<double>(const Kernels& k) {
   return k.f64;
+}
+template <>
+const Functions<Bf16>& functions_of<Bf16>(const Kernels& k) {
+  return k.bf16;
 }
 
 }  // namespace
@@ -210,35 +225,36 @@ constexpr Traits kTraits[kCells] = {traits_of<RnnTanh>, traits_of<RnnRelu>, trai
 
 }  // namespace
 
-template <class T>
-void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, int count, int threads) {
+template <class S>
+void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads) {
+  using T = Acc<S>;
   const Shape& s = directions[0].shape;
-  const Functions<T>& f = functions_of<T>(k);
+  const Functions<S>& f = functions_of<S>(k);
   const bool projected = directions[0].weight_hr != nullptr;
   const int gates = kTraits[cell].gates;
-  const int64_t elements = forward_scratch(s, sizeof(T), gates, projected),
-                stride = scratch_stride(s.proj, sizeof(T));
+  const int64_t elements = forward_scratch(s, sizeof(T), gates, projected), stride = scratch_stride(s.proj, sizeof(T));
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) {
-    T* mine = reinterpret_cast<T*>(scratch.get()) + d * elements;
-    directions[d].scratch = mine;
+    directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
     for (int copy = 0; copy < 2; ++copy) {
-      spread(directions[d].state0, s.batch, s.proj, mine + copy * s.batch * stride, stride);
+      auto* h = reinterpret_cast<Factor<S>*>(directions[d].scratch) + copy * s.batch * stride;
+      spread<S>(directions[d].state0, s.batch, s.proj, h, stride);
     }
   }
-  run_parts(directions, gates, sizeof(T), f.rows[cell], count, threads, f.forward[cell]);
+  run_parts(directions, gates, sizeof(S), f.rows[cell], count, threads, f.forward[cell]);
 }
 
-template <class T>
-void run_backward(const Kernels& k, int cell, BackwardDirection<T>* directions, int count, int threads) {
+template <class S>
+void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads) {
+  using T = Acc<S>;
   const Shape& s = directions[0].shape;
-  const Functions<T>& f = functions_of<T>(k);
+  const Functions<S>& f = functions_of<S>(k);
   const auto [gates, splits] = kTraits[cell];
-  const int64_t elements =
-      backward_scratch(s, sizeof(T), gates, splits, directions[0].weight_hr != nullptr, std::max(threads, 1));
+  const int64_t elements = backward_scratch(s, sizeof(T), gates, splits, directions[0].weight_hr != nullptr,
+                                            Storage<S>::kPerFactor > 1, std::max(threads, 1));
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
-  run_parts(directions, gates, sizeof(T), f.rows[0], count, threads, f.backward[cell]);
+  run_parts(directions, gates, sizeof(S), f.rows[0], count, threads, f.backward[cell]);
 }
 
 namespace {
@@ -257,21 +273,21 @@ void share_blocks(int64_t blocks, int64_t bytes, int threads, F f) {
 
 }  // namespace
 
-template <class T>
-void run_pack_rows(const Kernels& k, const T* weight, int64_t gates, int64_t n, int64_t columns, T* packed,
+template <class S>
+void run_pack_rows(const Kernels& k, const S* weight, int64_t gates, int64_t n, int64_t columns, Factor<S>* packed,
                    int threads) {
-  const Functions<T>& f = functions_of<T>(k);
-  const int64_t bytes = gates * n * columns * static_cast<int64_t>(sizeof(T));
-  share_blocks((n + f.width - 1) / f.width, bytes, threads, [&](int64_t begin, int64_t end) {
+  const Functions<S>& f = functions_of<S>(k);
+  const int64_t bytes = gates * n * columns * static_cast<int64_t>(sizeof(S));
+  share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_rows(weight, gates, n, columns, begin, end, packed);
   });
 }
 
-template <class T>
-void run_pack_columns(const Kernels& k, const T* weight, int64_t rows, int64_t n, T* packed, int threads) {
-  const Functions<T>& f = functions_of<T>(k);
-  const int64_t bytes = rows * n * static_cast<int64_t>(sizeof(T));
-  share_blocks((n + f.width - 1) / f.width, bytes, threads, [&](int64_t begin, int64_t end) {
+template <class S>
+void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n, Factor<S>* packed, int threads) {
+  const Functions<S>& f = functions_of<S>(k);
+  const int64_t bytes = rows * n * static_cast<int64_t>(sizeof(S));
+  share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_columns(weight, rows, n, begin, end, packed);
   });
 }
@@ -285,13 +301,14 @@ void huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-template void run_pack_rows<float>(const Kernels&, const float*, int64_t, int64_t, int64_t, float*, int);
-template void run_pack_rows<double>(const Kernels&, const double*, int64_t, int64_t, int64_t, double*, int);
-template void run_pack_columns<float>(const Kernels&, const float*, int64_t, int64_t, float*, int);
-template void run_pack_columns<double>(const Kernels&, const double*, int64_t, int64_t, double*, int);
-template void run_forward<float>(const Kernels&, int, ForwardDirection<float>*, int, int);
-template void run_forward<double>(const Kernels&, int, ForwardDirection<double>*, int, int);
-template void run_backward<float>(const Kernels&, int, BackwardDirection<float>*, int, int);
-template void run_backward<double>(const Kernels&, int, BackwardDirection<double>*, int, int);
+#define FUSEDRNN_INSTANTIATE(S)                                                                        \
+  template void run_forward<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                   \
+  template void run_backward<S>(const Kernels&, int, BackwardDirection<S>*, int, int);                 \
+  template void run_pack_rows<S>(const Kernels&, const S*, int64_t, int64_t, int64_t, Factor<S>*, int); \
+  template void run_pack_columns<S>(const Kernels&, const S*, int64_t, int64_t, Factor<S>*, int);
+FUSEDRNN_INSTANTIATE(float)
+FUSEDRNN_INSTANTIATE(double)
+FUSEDRNN_INSTANTIATE(Bf16)
+#undef FUSEDRNN_INSTANTIATE
 
 }  // namespace fusedrnn

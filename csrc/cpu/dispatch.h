@@ -18,16 +18,18 @@ std::vector<std::string> supported_levels();  // worst first
 const Kernels& kernels();                     // throws std::invalid_argument on a bad FUSEDRNN_ISA
 void set_level(const std::string& name);      // "" is automatic; throws std::invalid_argument
 
-template <class T>
-void run_forward(const Kernels& k, int cell, ForwardDirection<T>* directions, int count, int threads);
-template <class T>
-void run_backward(const Kernels& k, int cell, BackwardDirection<T>* directions, int count, int threads);
+template <class S>
+void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads);
+template <class S>
+void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads);
 
-template <class T>
-void run_pack_rows(const Kernels& k, const T* weight /*[gates*n, columns]*/, int64_t gates, int64_t n, int64_t columns,
-                   T* packed, int threads);
-template <class T>
-void run_pack_columns(const Kernels& k, const T* weight /*[rows, n]*/, int64_t rows, int64_t n, T* packed, int threads);
+// Weights in the layouts of Functions, by all threads.
+template <class S>
+void run_pack_rows(const Kernels& k, const S* weight /*[gates*n, columns]*/, int64_t gates, int64_t n, int64_t columns,
+                   Factor<S>* packed, int threads);
+template <class S>
+void run_pack_columns(const Kernels& k, const S* weight /*[rows, n]*/, int64_t rows, int64_t n, Factor<S>* packed,
+                      int threads);
 
 // Asks for huge pages behind fresh memory: a fault per 4096 bytes takes longer than a scan that writes them.
 void huge_pages(void* memory, size_t bytes);

@@ -13,12 +13,17 @@
 namespace fusedrnn {
 namespace {
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct ForwardScan {
+  using T = Acc<S>;
+  using F = Factor<S>;
   using V = typename Simd<T>::V;
   static constexpr int W = Simd<T>::kWidth, G = Cell::kGates, kRows = max_rows(G == 1 ? 4 : G);
+  static constexpr int kPer = Storage<S>::kPerFactor;
+  // A cell that reads the hidden state itself needs it unrounded; each thread reads only what it wrote.
+  static constexpr bool kKeepsState0 = Cell::kDirect && kPer > 1;
 
-  const ForwardDirection<T>& d;
+  const ForwardDirection<S>& d;
   const Part& part;
   const Shape& s = d.shape;
   const int64_t H = s.hidden, P = s.proj;
@@ -26,13 +31,14 @@ struct ForwardScan {
 
   // rows @ weight.T for `blocks` blocks of the weight's units.
   template <int kGates>
-  FUSEDRNN_HD void multiply(int64_t count, int64_t blocks, int64_t k, const T* rows /*[count, k], row_stride*/,
-                            int64_t row_stride, const T* weight, int64_t units, int64_t unit_block,
+  FUSEDRNN_HD void multiply(int64_t count, int64_t blocks, int64_t k, const F* rows /*[count, k], row_stride*/,
+                            int64_t row_stride, const F* weight, int64_t units, int64_t unit_block,
                             T* acc /*[count, blocks, kGates, W]*/) const {
-    if (d.packed) {
-      const int64_t block = k * kGates * W;
-      tile_for<T, kGates>(count, blocks)(k, rows, row_stride, 1, weight + unit_block * block, block, acc);
-    } else {
+    const int64_t factors = ceil_div(k, kPer);
+    if (kPer > 1 || d.packed) {
+      const int64_t block = factors * kGates * W;
+      tile_for<S, kGates>(count, blocks)(factors, rows, row_stride, 1, weight + unit_block * block, block, acc);
+    } else if constexpr (kPer == 1) {
       unpacked_tile<T, kGates>(count, blocks, k, rows, row_stride, weight, units, unit_block, acc);
     }
   }
@@ -56,7 +62,8 @@ struct ForwardScan {
                                  int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
     const int64_t I = d.inputs;
-    multiply<G>(rows, blocks, I, d.input + row * I, I, d.weight_ih, H, unit_block, acc);
+    const F* input = reinterpret_cast<const F*>(d.input + row * I);
+    multiply<G>(rows, blocks, I, input, I / kPer, d.weight_ih, H, unit_block, acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W;
       const int n = static_cast<int>(smaller(W, H - u));
@@ -100,8 +107,8 @@ struct ForwardScan {
   }
 
   // One tile: gates of `blocks` blocks of units from unit_block on, of `rows` rows from b0 on.
-  FUSEDRNN_HD void gates(const Clock& now, const Chunk& c, int64_t slot, const T* h /*[B, stride]*/,
-                         T* h_new /*[B, stride]*/, T* raw /*[B, raw_stride]*/, int64_t ending,
+  FUSEDRNN_HD void gates(const Clock& now, const Chunk& c, int64_t slot, const F* h /*[B, stride]*/,
+                         F* h_new /*[B, stride]*/, F* raw /*[B, raw_stride]*/, int64_t ending,
                          int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
     multiply<G>(rows, blocks, P, h + b0 * stride, stride, d.weight_hh, H, unit_block, acc);
@@ -121,7 +128,11 @@ struct ForwardScan {
           hg[g] = load(acc + ((r * blocks + j) * G + g) * W);
         }
         if constexpr (Cell::kSplitGate >= 0) hg[Cell::kSplitGate] += bias;
-        if constexpr (Cell::kDirect) prev[0] = load(h + b * stride + u);
+        if constexpr (kKeepsState0) {
+          prev[0] = load(d.state0 + b * P + u, n);
+        } else if constexpr (Cell::kDirect) {
+          prev[0] = load(h + b * stride + u);
+        }
         if constexpr (Cell::kStates == 2) prev[1] = load(d.state1 + b * H + u, n);
         Cell::template forward<V>(x, hg, prev, next, act, extra);
         if constexpr (Cell::kStates == 2) store(d.state1 + b * H + u, next[1], n);
@@ -130,23 +141,29 @@ struct ForwardScan {
         }
         if (Cell::kExtra != Extra::kNone && d.extra) store(d.extra + row * H + u, extra, n);
         if (d.weight_hr) {
-          store(raw + b * raw_stride + u, next[0]);
+          store_factors(raw + b * raw_stride, u, n, next[0]);
           if (d.raw) store(d.raw + row * H + u, next[0], n);
         } else {
-          store(h_new + b * stride + u, next[0]);
+          store_factors(h_new + b * stride, u, n, next[0]);
           emit(row, b, u, n, ending, next[0]);
         }
       }
     }
   }
 
+  // Units u .. u + n of a padded scratch row. Behind the last unit there is no number when weights of
+  // zero have met an infinite input; the half-used factor of a product must have one.
+  static FUSEDRNN_HD void store_factors(F* row, int64_t u, int n, V v) {
+    store(reinterpret_cast<S*>(row) + u, kPer > 1 ? keep_lanes<T>(v, n) : v);
+  }
+
   // A new hidden state leaves for the output, and for the last state where its row ends.
   FUSEDRNN_HD void emit(int64_t row, int64_t b, int64_t u, int n, int64_t ending, V h) const {
     store(d.output + row * d.output_stride + u, h, n);
-    if (b >= ending) store(d.state0 + b * P + u, h, n);
+    if (kKeepsState0 || b >= ending) store(d.state0 + b * P + u, h, n);
   }
 
-  FUSEDRNN_HD void project(const Clock& now, const T* raw /*[B, raw_stride]*/, T* h_new /*[B, stride]*/,
+  FUSEDRNN_HD void project(const Clock& now, const F* raw /*[B, raw_stride]*/, F* h_new /*[B, stride]*/,
                            int64_t ending, int64_t unit_block, int64_t blocks, int64_t b0,
                            int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
@@ -155,17 +172,18 @@ struct ForwardScan {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t b = b0 + r, u = (unit_block + j) * W;
         const V h = load(acc + (r * blocks + j) * W);
-        store(h_new + b * stride + u, h);
-        emit(now.row + b, b, u, static_cast<int>(smaller(W, P - u)), ending, h);
+        const int n = static_cast<int>(smaller(W, P - u));
+        store_factors(h_new + b * stride, u, n, h);
+        emit(now.row + b, b, u, n, ending, h);
       }
     }
   }
 
   void run() const {
-    T* h = d.scratch;
-    T* h_new = h + s.batch * stride;
-    T* raw = h_new + s.batch * stride;
-    Chunk chunk{raw + (d.weight_hr ? s.batch * raw_stride : 0), chunk_rows(s, sizeof(T), G),
+    F* h = reinterpret_cast<F*>(d.scratch);
+    F* h_new = h + s.batch * stride;
+    F* raw = h_new + s.batch * stride;
+    Chunk chunk{reinterpret_cast<T*>(raw + (d.weight_hr ? s.batch * raw_stride : 0)), chunk_rows(s, sizeof(T), G),
                 part.row_count >= s.batch};
     const Range units = share((H + W - 1) / W, part.member, part.members);
     const Range outputs = share((P + W - 1) / W, part.member, part.members);
@@ -191,16 +209,16 @@ struct ForwardScan {
       }
       if (part.barrier && step + 1 < s.time) barrier_wait(part.barrier);
       if (step + 1 < s.time) advance(now, !d.reverse);
-      T* swap = h;
+      F* swap = h;
       h = h_new;
       h_new = swap;
     }
   }
 };
 
-template <class Cell, class T>
-void forward_scan(const ForwardDirection<T>& d, const Part& part) {
-  ForwardScan<Cell, T>{d, part}.run();
+template <class Cell, class S>
+void forward_scan(const ForwardDirection<S>& d, const Part& part) {
+  ForwardScan<Cell, S>{d, part}.run();
 }
 
 }  // namespace

@@ -28,15 +28,14 @@ void map_math(int function, const T* in /*[n]*/, T* out /*[n]*/, int64_t n) {
 template <class Cell>
 constexpr int kTileRows = max_rows(Cell::kGates == 1 ? 4 : Cell::kGates);
 
-template <class T>
-constexpr Functions<T> functions() {
+template <class S>
+constexpr Functions<S> functions() {
   return {
-      {forward_scan<RnnTanh, T>, forward_scan<RnnRelu, T>, forward_scan<Lstm, T>, forward_scan<Gru, T>},
-      {backward_scan<RnnTanh, T>, backward_scan<RnnRelu, T>, backward_scan<Lstm, T>, backward_scan<Gru, T>},
-      pack_rows<T>,
-      pack_columns<T>,
-      map_math<T>,
-      Simd<T>::kWidth,
+      {forward_scan<RnnTanh, S>, forward_scan<RnnRelu, S>, forward_scan<Lstm, S>, forward_scan<Gru, S>},
+      {backward_scan<RnnTanh, S>, backward_scan<RnnRelu, S>, backward_scan<Lstm, S>, backward_scan<Gru, S>},
+      pack_rows,
+      pack_columns,
+      Simd<Acc<S>>::kWidth,
       {kTileRows<RnnTanh>, kTileRows<RnnRelu>, kTileRows<Lstm>, kTileRows<Gru>},
   };
 }

@@ -41,5 +41,34 @@ void pack_columns(const T* weight /*[k, n]*/, int64_t k_end, int64_t n, int64_t 
   }
 }
 
+// Two rows, one value of each in a pair; without a second row its half is zero.
+FUSEDRNN_HD Simd<float>::Bits pair_rows(const Bf16* first, const Bf16* second, int n) {
+  const Simd<float>::Bits low = load_bits(first, n);
+  return second == nullptr ? low : low | load_bits(second, n) << 16;
+}
+
+FUSEDRNN_HD void store_pairs(Bf16Pair* to, Simd<float>::Bits pairs) { __builtin_memcpy(to, &pairs, sizeof pairs); }
+
+// A pair of neighbours in a row is moved as if it were a float.
+inline void pack_rows(const Bf16* weight, int64_t gates, int64_t n, int64_t k_end, int64_t begin, int64_t end,
+                      Bf16Pair* packed) {
+  pack_rows<float>(reinterpret_cast<const float*>(weight), gates, n, k_end / 2, begin, end,
+                   reinterpret_cast<float*>(packed));
+}
+
+inline void pack_columns(const Bf16* weight, int64_t k_end, int64_t n, int64_t begin, int64_t end, Bf16Pair* packed) {
+  constexpr int W = Simd<float>::kWidth;
+  const int64_t pairs = ceil_div(k_end, 2);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * W;
+    const int lanes = static_cast<int>(n - first < W ? n - first : W);
+    Bf16Pair* to = packed + first * pairs;
+    for (int64_t k = 0; k < k_end; k += 2) {
+      const Bf16* row = weight + k * n + first;
+      store_pairs(to + k / 2 * W, pair_rows(row, k + 1 < k_end ? row + n : nullptr, lanes));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fusedrnn

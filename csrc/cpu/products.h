@@ -2,60 +2,106 @@
 #pragma once
 
 #include "loop.h"
+#include "pack.h"
 
 namespace fusedrnn {
 namespace {
 
 // out [rows, n] = a [rows, k] @ weight [k, n], the weight packed by columns.
-template <class T>
-FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const T* a, int64_t a_stride,
-                               const T* weight /*packed [ceil(n/W), k, W]*/, int64_t n, T* out, int64_t out_stride) {
-  constexpr int W = Simd<T>::kWidth;
+template <class S>
+FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const S* a, int64_t a_stride,
+                               const Factor<S>* weight /*packed [ceil(n/W), K, W]*/, int64_t n, S* out,
+                               int64_t out_stride) {
+  using T = Acc<S>;
+  constexpr int W = Simd<T>::kWidth, kPer = Storage<S>::kPerFactor;
   alignas(64) T acc[8 * 4 * W];  // [count, blocks, W]
-  const int64_t column_blocks = (n + W - 1) / W;
+  const int64_t column_blocks = ceil_div(n, W), factors = ceil_div(k, kPer);
   // Few rows are not shared out: each thread would read the whole weight for a few of them.
   const bool by_rows = rows >= 2 * max_rows(4) * team.size;
   const Range mine = by_rows ? share(rows, team.member, team.size) : Range{0, rows};
   const Range blocks_of_mine = by_rows ? Range{0, column_blocks} : share(column_blocks, team.member, team.size);
-  for_groups(blocks_of_mine, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
-    for_slabs(k, [&](Range slab) {
-      const T* from = weight + (first_block * k + slab.begin) * W;
-      for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t row, int64_t count) {
-        tile_for<T, 1>(count, blocks)(slab.end - slab.begin, a + row * a_stride + slab.begin, a_stride, 1, from, k * W,
-                                      acc);
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t j = 0; j < blocks; ++j) {
-            const int64_t column = (first_block + j) * W;
-            const int lanes = static_cast<int>(smaller(W, n - column));
-            T* to = out + (row + r) * out_stride + column;
-            const auto sum = load(acc + (r * blocks + j) * W);
-            store(to, slab.begin > 0 ? load(to, lanes) + sum : sum, lanes);
-          }
+  const auto part = [&](int64_t first_block, int64_t blocks, Range slab) {
+    const Factor<S>* from = weight + (first_block * factors + slab.begin) * W;
+    for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t row, int64_t count) {
+      tile_for<S, 1>(count, blocks)(slab.end - slab.begin,
+                                    reinterpret_cast<const Factor<S>*>(a + row * a_stride) + slab.begin,
+                                    a_stride / kPer, 1, from, factors * W, acc);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t j = 0; j < blocks; ++j) {
+          const int64_t column = (first_block + j) * W;
+          const int lanes = static_cast<int>(smaller(W, n - column));
+          S* to = out + (row + r) * out_stride + column;
+          const auto sum = load(acc + (r * blocks + j) * W);
+          store(to, slab.begin > 0 ? load(to, lanes) + sum : sum, lanes);
         }
-      });
+      }
     });
+  };
+  for_groups(blocks_of_mine, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
+    if constexpr (kPer == 1) {
+      for_slabs(factors, [&](Range slab) { part(first_block, blocks, slab); });
+    } else {
+      part(first_block, blocks, {0, factors});  // a sum of slabs would be rounded at each
+    }
   });
 }
 
-// out [m, n] (+)= a.T @ b over the rows of a slab, at most kLongestSum: a [slab, m] starts at the slab's
-// first row; for_rows(copy) calls copy(row, b's row) for each row of the slab.
-template <class T, class F>
-FUSEDRNN_HD void multiply_transposed(const Team& team, Range slab, int64_t m, const T* a, int64_t a_stride, int64_t n,
-                                     T* panel, bool add, T* out /*[m, n]*/, F for_rows) {
-  constexpr int W = Simd<T>::kWidth;
-  alignas(64) T acc[8 * 4 * W];  // [count, blocks, W]
-  const int64_t count = slab.end - slab.begin;
-  const Range mine = share(m, team.member, team.size);
-  for_groups(Range{0, (n + W - 1) / W}, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
-    for_rows([&](int64_t row, const T* from) {
+// One row into a panel; of a pair, the first row comes first.
+template <class T>
+FUSEDRNN_HD void panel_row(T* panel /*[rows, W]*/, int64_t row, const T* from, int lanes) {
+  store(panel + row * Simd<T>::kWidth, load(from, lanes));
+}
+FUSEDRNN_HD void panel_row(Bf16Pair* panel /*[ceil(rows/2), W]*/, int64_t row, const Bf16* from, int lanes) {
+  Bf16Pair* to = panel + row / 2 * Simd<float>::kWidth;
+  const auto bits = load_bits(from, lanes);
+  store_pairs(to, row % 2 ? Factors<Bf16Pair>::load(to) | bits << 16 : bits);
+}
+// What is saved in fp32 is rounded like everything else that goes into a product.
+FUSEDRNN_HD void panel_row(Bf16Pair* panel, int64_t row, const float* from, int lanes) {
+  Bf16 rounded[Simd<float>::kWidth];
+  store(rounded, load(from, lanes));
+  panel_row(panel, row, rounded, Simd<float>::kWidth);
+}
+
+// out [m, n] (+)= a.T @ b for a [count, m] and b [count, n], count at most kLongestSum.
+// for_rows(copy) calls copy(r, row r of b) for each r in ascending order; `pairs` is for the team.
+template <class S, class Call>
+FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m, const S* a, int64_t a_stride,
+                                     int64_t n, Factor<S>* pairs, Factor<S>* panel, bool add, Acc<S>* out /*[m, n]*/,
+                                     Call for_rows) {
+  using T = Acc<S>;
+  constexpr int W = Simd<T>::kWidth, kPer = Storage<S>::kPerFactor;
+  alignas(64) T acc[8 * 4 * W];  // [tile rows, blocks, W]
+  const int64_t factors = ceil_div(count, kPer);
+  Range mine = share(m, team.member, team.size);
+  const Factor<S>* columns;  // [factors, column_stride]
+  int64_t column_stride;
+  if constexpr (kPer == 1) {
+    columns = a;
+    column_stride = a_stride;
+  } else {
+    // Whole vectors, so that no thread writes into another's.
+    const Range blocks = share(ceil_div(m, W), team.member, team.size);
+    mine = {blocks.begin * W, smaller(blocks.end * W, m)};
+    columns = pairs;
+    column_stride = a_stride / kPer;
+    for (int64_t r = 0; r < count; r += 2) {
+      const S* row = a + r * a_stride;
+      for (int64_t i = mine.begin; i < mine.end; i += W) {
+        store_pairs(pairs + r / 2 * column_stride + i,
+                    pair_rows(row + i, r + 1 < count ? row + a_stride + i : nullptr, W));
+      }
+    }
+  }
+  for_groups(Range{0, ceil_div(n, W)}, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
+    for_rows([&](int64_t r, const auto* from) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t column = (first_block + j) * W;
-        store(panel + (j * count + row - slab.begin) * W,
-              load(from + column, static_cast<int>(smaller(W, n - column))));
+        panel_row(panel + j * factors * W, r, from + column, static_cast<int>(smaller(W, n - column)));
       }
     });
     for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t i, int64_t rows) {
-      tile_for<T, 1>(rows, blocks)(count, a + i, 1, a_stride, panel, count * W, acc);
+      tile_for<S, 1>(rows, blocks)(factors, columns + i, 1, column_stride, panel, factors * W, acc);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < blocks; ++j) {
           const int64_t column = (first_block + j) * W;
@@ -70,17 +116,19 @@ FUSEDRNN_HD void multiply_transposed(const Team& team, Range slab, int64_t m, co
 }
 
 // out [n] (+)= the sum of the rows of a [rows, n].
-template <class T>
-FUSEDRNN_HD void sum_rows(const Team& team, int64_t rows, int64_t n, const T* a, int64_t a_stride, bool add, T* out) {
-  constexpr int W = Simd<T>::kWidth;
-  const Range mine = share((n + W - 1) / W, team.member, team.size);
+template <class S>
+FUSEDRNN_HD void sum_rows(const Team& team, int64_t rows, int64_t n, const S* a, int64_t a_stride, bool add,
+                          Acc<S>* out) {
+  using V = typename Simd<Acc<S>>::V;
+  constexpr int W = Simd<Acc<S>>::kWidth;
+  const Range mine = share(ceil_div(n, W), team.member, team.size);
   for (int64_t block = mine.begin; block < mine.end; ++block) {
     const int64_t column = block * W;
     const int lanes = static_cast<int>(smaller(W, n - column));
     // Two halves hide the latency of an addition, and round less.
-    typename Simd<T>::V sum[2] = {};
+    V sum[2] = {};
     for (int64_t r = 0; r < rows; ++r) sum[r & 1] += load(a + r * a_stride + column, lanes);
-    const auto total = sum[0] + sum[1];
+    const V total = sum[0] + sum[1];
     store(out + column, add ? load(out + column, lanes) + total : total, lanes);
   }
 }

@@ -15,6 +15,35 @@ void barrier_wait(Barrier* barrier);
 
 constexpr int kCells = 4;  // rnn_tanh, rnn_relu, lstm, gru, in this order everywhere
 
+// bf16: the upper half of a float. Products take two at once, the first in the lower half.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+// How values of a storage type are computed with: sums, gates and states in Acc; the factors of a
+// product as Factor, kPerFactor values each. Acc and Factor are of one size.
+template <class S>
+struct Storage {
+  using Acc = S;
+  using Factor = S;
+  static constexpr int kPerFactor = 1;
+};
+template <>
+struct Storage<Bf16> {
+  using Acc = float;
+  using Factor = Bf16Pair;
+  static constexpr int kPerFactor = 2;
+};
+template <class S>
+using Acc = typename Storage<S>::Acc;
+template <class S>
+using Factor = typename Storage<S>::Factor;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct Shape {
   int64_t time;                // T
   int64_t batch;               // B
@@ -39,19 +68,21 @@ struct Part {
   Team team;
 };
 
-template <class T>
+// Weights are packed by Functions; k pads to whole factors, K = ceil(k / kPerFactor).
+template <class S>
 struct ForwardDirection {
+  using T = Acc<S>;
   Shape shape;
   bool reverse;
-  const T* input;            // [N, I]
+  const S* input;            // [N, I], I a multiple of kPerFactor
   int64_t inputs;            // I
-  bool packed;               // whether the weights are packed, or as torch stores them
-  const T* weight_ih;        // packed [ceil(H/W), I, G, W], or [G*H, I]
-  const T* weight_hh;        // packed [ceil(H/W), P, G, W], or [G*H, P]
+  bool packed;               // whether the weights are packed, or as torch stores them (fp32, fp64)
+  const Factor<S>* weight_ih;  // packed [ceil(H/W), K(I), G, W], or [G*H, I]
+  const Factor<S>* weight_hh;  // packed [ceil(H/W), K(P), G, W], or [G*H, P]
   const T* bias_ih;          // [G*H] or null
   const T* bias_hh;          // [G*H] or null
-  const T* weight_hr;        // packed [ceil(P/W), H, W], or [P, H]; null without a projection
-  T* output;                 // [N, P], row stride output_stride
+  const Factor<S>* weight_hr;  // packed [ceil(P/W), K(H), W], or [P, H]; null without a projection
+  S* output;                 // [N, P], row stride output_stride
   int64_t output_stride;
   T* state0;                 // [B, P] in: initial hidden state; out: last
   T* state1;                 // [B, H] likewise for state 1, null for cells with one state
@@ -62,27 +93,28 @@ struct ForwardDirection {
 };
 
 // Outputs that are null are not wanted; the others need no initial value unless said so.
-template <class T>
+template <class S>
 struct BackwardDirection {
+  using T = Acc<S>;
   Shape shape;
   bool reverse;
-  const T* input;            // [N, I]
+  const S* input;            // [N, I]
   int64_t inputs;            // I
-  const T* weight_ih;        // packed [ceil(I/W), G*H, W], null if d_input is
-  const T* weight_hh;        // packed [ceil(P/W), G*H, W]
-  const T* weight_hr;        // packed [ceil(H/W), P, W], null without a projection
+  const Factor<S>* weight_ih;  // packed [ceil(I/W), K(G*H), W], null if d_input is
+  const Factor<S>* weight_hh;  // packed [ceil(P/W), K(G*H), W]
+  const Factor<S>* weight_hr;  // packed [ceil(H/W), K(P), W], null without a projection
   const T* gates;            // [N, G*H], null if the cell does not save them
   const T* extra;            // [N, H] or null
   const T* raw;              // [N, H], null without a projection
-  const T* output;           // [N, P], row stride output_stride
+  const S* output;           // [N, P], row stride output_stride
   int64_t output_stride;
-  const T* initial0;         // [B, P]
+  const S* initial0;         // [B, P]
   const T* initial1;         // [B, H] or null
-  const T* d_output;         // [N, P], row stride d_output_stride; null when it is zero
+  const S* d_output;         // [N, P], row stride d_output_stride; null when it is zero
   int64_t d_output_stride;
   T* d_state0;               // [B, P] in: gradient of the last hidden state; out: of the initial one
   T* d_state1;               // [B, H] likewise, or null
-  T* d_input;                // [N, I]
+  S* d_input;                // [N, I]
   T* d_weight_ih;            // [G*H, I]
   T* d_weight_hh;            // [G*H, P]
   T* d_bias_ih;              // [G*H]
@@ -91,28 +123,32 @@ struct BackwardDirection {
   T* scratch;                // backward_scratch() elements
 };
 
-template <class T>
+template <class S>
 struct Functions {
-  void (*forward[kCells])(const ForwardDirection<T>&, const Part&);
-  void (*backward[kCells])(const BackwardDirection<T>&, const Part&);
+  void (*forward[kCells])(const ForwardDirection<S>&, const Part&);
+  void (*backward[kCells])(const BackwardDirection<S>&, const Part&);
   // packed[b][k][g][l] = weight[g * n + b * W + l][k], zero where b * W + l >= n; begin <= b < end
-  void (*pack_rows)(const T* weight /*[G*n, k]*/, int64_t gates, int64_t n, int64_t k, int64_t begin, int64_t end,
-                    T* packed);
+  void (*pack_rows)(const S* weight /*[G*n, k], k a multiple of kPerFactor*/, int64_t gates, int64_t n, int64_t k,
+                    int64_t begin, int64_t end, Factor<S>* packed);
   // packed[b][k][l] = weight[k][b * W + l], zero where b * W + l >= n; begin <= b < end
-  void (*pack_columns)(const T* weight /*[k, n]*/, int64_t k, int64_t n, int64_t begin, int64_t end, T* packed);
-  void (*math)(int function, const T* in /*[n]*/, T* out /*[n]*/, int64_t n);  // sigmoid, tanh
-  int width;      // W
+  void (*pack_columns)(const S* weight /*[k, n]*/, int64_t k, int64_t n, int64_t begin, int64_t end,
+                       Factor<S>* packed);
+  int width;         // W
   int rows[kCells];  // batch rows that the forward tile of a cell takes at once
 };
 
 struct Kernels {
   const char* name;
-  Functions<float> f32;
-  Functions<double> f64;
+  const Functions<float>& f32;
+  const Functions<double>& f64;
+  const Functions<Bf16>& bf16;
+  // The cells' sigmoid (0) and tanh (1), for tests.
+  void (*math32)(int function, const float* in /*[n]*/, float* out /*[n]*/, int64_t n);
+  void (*math64)(int function, const double* in /*[n]*/, double* out /*[n]*/, int64_t n);
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
 };
 
-extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 
 // Scratch rows are padded to whole vectors and away from multiples of 4096 bytes, where the rows
 // of a tile would share one set of the first-level cache. Rows of 64 bytes serve every ISA level.
@@ -149,12 +185,14 @@ constexpr int64_t backward_chunk_rows(const Shape& s) {
 // A panel holds this many columns of one factor of a product over rows.
 constexpr int64_t kPanelBytes = 4 * 64;
 constexpr int64_t panel_scratch(int64_t element_bytes) { return kLongestSum * (kPanelBytes / element_bytes); }
-// d_x_gates, d_h_gates if the cell splits them, d_hidden behind a projection, a panel per thread.
+// d_x_gates, d_h_gates if the cell splits them, d_hidden behind a projection; where a factor is a pair,
+// pairs of the rows of the first and of the last; a panel per thread.
 constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates, bool split, bool projected,
-                                   int64_t threads) {
-  return backward_chunk_rows(s) * ((split ? 2 : 1) * scratch_stride(gates * s.hidden, element_bytes) +
-                                   (projected ? scratch_stride(s.proj, element_bytes) : 0)) +
-         threads * panel_scratch(element_bytes);
+                                   bool paired, int64_t threads) {
+  const int64_t stride = scratch_stride(gates * s.hidden, element_bytes);
+  const int64_t hidden_stride = projected ? scratch_stride(s.proj, element_bytes) : 0;
+  return backward_chunk_rows(s) * ((split ? 2 : 1) * stride + hidden_stride) +
+         (paired ? kLongestSum / 2 * (stride + hidden_stride) : 0) + threads * panel_scratch(element_bytes);
 }
 
 }  // namespace fusedrnn

@@ -2,5 +2,9 @@
 #include "kernels.h"
 
 namespace fusedrnn {
-const Kernels kAvx512Kernels = {"avx512", functions<float>(), functions<double>(), fingerprint};
+extern const Functions<float> kAvx512F32 = functions<float>();
+extern const Functions<double> kAvx512F64 = functions<double>();
+static const Functions<Bf16> kBf16 = functions<Bf16>();
+const Kernels kAvx512Kernels = {"avx512",        kAvx512F32,       kAvx512F64, kBf16,
+                                map_math<float>, map_math<double>, fingerprint};
 }  // namespace fusedrnn

@@ -9,6 +9,7 @@
 #endif
 
 #include "../cells/math.h"
+#include "scan.h"
 
 namespace fusedrnn {
 namespace {
@@ -104,6 +105,78 @@ FUSEDRNN_HD void store_masked(T* to, typename Simd<T>::V v, int n) {
 }
 
 #endif
+
+// bf16 is loaded to and stored from float vectors, rounded to nearest even.
+typedef uint16_t VecH __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+
+FUSEDRNN_HD Simd<float>::Bits load_bits(const Bf16* from, int n = Simd<float>::kWidth) {
+  VecH h{};
+  if (n == Simd<float>::kWidth) {
+    __builtin_memcpy(&h, from, sizeof h);
+  } else {
+    __builtin_memcpy(&h, from, n * sizeof(Bf16));
+  }
+  return __builtin_convertvector(h, Simd<float>::Bits);
+}
+FUSEDRNN_HD VecF load(const Bf16* from) { return (VecF)(load_bits(from) << 16); }
+FUSEDRNN_HD VecH round_to_bf16(VecF v) {
+  using Bits = Simd<float>::Bits;
+  const Bits bits = (Bits)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, VecH);
+}
+FUSEDRNN_HD void store(Bf16* to, VecF v) {
+  const VecH h = round_to_bf16(v);
+  __builtin_memcpy(to, &h, sizeof h);
+}
+FUSEDRNN_HD VecF load(const Bf16* from, int n) { return (VecF)(load_bits(from, n) << 16); }
+FUSEDRNN_HD void store(Bf16* to, VecF v, int n) {
+  const VecH h = round_to_bf16(v);
+  if (n == Simd<float>::kWidth) {
+    __builtin_memcpy(to, &h, sizeof h);
+  } else {
+    __builtin_memcpy(to, &h, n * sizeof(Bf16));
+  }
+}
+
+// A vector of factors, and the sum of products with one of them in every lane.
+template <class F>
+struct Factors {
+  using V = typename Simd<F>::V;
+  static FUSEDRNN_HD V load(const F* from) { return fusedrnn::load(from); }
+  static FUSEDRNN_HD V splat(F value) { return fusedrnn::splat(value); }
+  static FUSEDRNN_HD V add_product(V sum, V a, V b) { return sum + a * b; }
+};
+template <>
+struct Factors<Bf16Pair> {
+  using V = Simd<float>::Bits;
+  static FUSEDRNN_HD V load(const Bf16Pair* from) {
+    V v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static FUSEDRNN_HD V splat(Bf16Pair value) { return V{} + value.bits; }
+  static FUSEDRNN_HD VecF add_product(VecF sum, V a, V b) {
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+    return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const V upper = V{} + 0xffff0000u;
+    sum += (VecF)(a << 16) * (VecF)(b << 16);
+    return sum + (VecF)(a & upper) * (VecF)(b & upper);
+#endif
+  }
+};
+
+// The first n lanes, and zero in the others.
+template <class T>
+FUSEDRNN_HD typename Simd<T>::V keep_lanes(typename Simd<T>::V v, int n) {
+  using Bits = typename Simd<T>::Bits;
+  constexpr int W = Simd<T>::kWidth;
+  if (n == W) return v;
+  Bits lane;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return (typename Simd<T>::V)((Bits)v & (Bits)(lane < static_cast<unsigned>(n)));
+}
 
 // The sum of all lanes, by halves.
 template <class T>

@@ -2,7 +2,6 @@
 // held in registers for the whole of K. Packed weights are read once, front to back.
 #pragma once
 
-#include "scan.h"
 #include "simd.h"
 
 namespace fusedrnn {
@@ -17,11 +16,13 @@ constexpr int max_rows(int columns) {
 }
 
 // rows[r][k] is at rows[r * stride + k * k_stride].
-template <class T, int R, int NB, int G>
-void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
-          const T* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
-          T* __restrict__ out /*[R, NB, G, W]*/) {
+template <class S, int R, int NB, int G>
+void tile(int64_t k_end, const Factor<S>* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
+          const Factor<S>* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
+          Acc<S>* __restrict__ out /*[R, NB, G, W]*/) {
+  using T = Acc<S>;
   using V = typename Simd<T>::V;
+  using F = Factors<Factor<S>>;
   constexpr int W = Simd<T>::kWidth, N = NB * G;
   // Few accumulators cannot hide the latency of a multiply-add: split K among copies of them.
   constexpr int U = R * N >= 8 ? 1 : (R * N >= 4 ? 2 : 4);
@@ -41,14 +42,14 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stri
     for (; k + U <= stop; k += U) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        V w[N];
+        typename F::V w[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) w[n] = load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
+        for (int n = 0; n < N; ++n) w[n] = F::load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const V h = splat(rows[r * stride + (k + u) * k_stride]);
+          const auto h = F::splat(rows[r * stride + (k + u) * k_stride]);
 #pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) acc[u][r][n] += w[n] * h;
+          for (int n = 0; n < N; ++n) acc[u][r][n] = F::add_product(acc[u][r][n], w[n], h);
         }
       }
     }
@@ -56,9 +57,11 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stri
       for (; k < stop; ++k) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
-          const V w = load(weight + (n / G) * block + (k * G + n % G) * W);
+          const auto w = F::load(weight + (n / G) * block + (k * G + n % G) * W);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[0][r][n] += w * splat(rows[r * stride + k * k_stride]);
+          for (int r = 0; r < R; ++r) {
+            acc[0][r][n] = F::add_product(acc[0][r][n], w, F::splat(rows[r * stride + k * k_stride]));
+          }
         }
       }
     }
@@ -75,22 +78,22 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stri
   } while (k < k_end);
 }
 
-template <class T>
-using Tile = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*);
+template <class S>
+using Tile = void (*)(int64_t, const Factor<S>*, int64_t, int64_t, const Factor<S>*, int64_t, Acc<S>*);
 
-// tile<T, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
-template <class T, int NB, int G>
-FUSEDRNN_HD Tile<T> tile_of(int64_t r) {
+// tile<S, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
+template <class S, int NB, int G>
+FUSEDRNN_HD Tile<S> tile_of(int64_t r) {
   constexpr int most = max_rows(NB * G);
-  static constexpr Tile<T> tiles[8] = {
-      tile<T, 1, NB, G>,
-      tile<T, 2, NB, G>,
-      tile<T, 3, NB, G>,
-      tile<T, most < 4 ? 1 : 4, NB, G>,
-      tile<T, most < 5 ? 1 : 5, NB, G>,
-      tile<T, most < 6 ? 1 : 6, NB, G>,
-      tile<T, most < 7 ? 1 : 7, NB, G>,
-      tile<T, most < 8 ? 1 : 8, NB, G>,
+  static constexpr Tile<S> tiles[8] = {
+      tile<S, 1, NB, G>,
+      tile<S, 2, NB, G>,
+      tile<S, 3, NB, G>,
+      tile<S, most < 4 ? 1 : 4, NB, G>,
+      tile<S, most < 5 ? 1 : 5, NB, G>,
+      tile<S, most < 6 ? 1 : 6, NB, G>,
+      tile<S, most < 7 ? 1 : 7, NB, G>,
+      tile<S, most < 8 ? 1 : 8, NB, G>,
   };
   return tiles[r - 1];
 }
@@ -99,17 +102,17 @@ FUSEDRNN_HD Tile<T> tile_of(int64_t r) {
 template <int G>
 constexpr int kBlocks = G == 1 ? 4 : 1;
 
-template <class T, int G>
-FUSEDRNN_HD Tile<T> tile_for(int64_t r, int64_t blocks) {
+template <class S, int G>
+FUSEDRNN_HD Tile<S> tile_for(int64_t r, int64_t blocks) {
   if constexpr (G == 1) {
     switch (blocks) {
-      case 1: return tile_of<T, 1, 1>(r);
-      case 2: return tile_of<T, 2, 1>(r);
-      case 3: return tile_of<T, 3, 1>(r);
-      default: return tile_of<T, 4, 1>(r);
+      case 1: return tile_of<S, 1, 1>(r);
+      case 2: return tile_of<S, 2, 1>(r);
+      case 3: return tile_of<S, 3, 1>(r);
+      default: return tile_of<S, 4, 1>(r);
     }
   } else {
-    return tile_of<T, 1, G>(r);
+    return tile_of<S, 1, G>(r);
   }
 }
 

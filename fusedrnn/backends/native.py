@@ -1,6 +1,7 @@
 """The fused CPU kernels of `fusedrnn._C`: tensors to raw pointers, and weight packing.
 
-fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32 and rounded once, at the end.
+fp32, fp64 and bf16 run as they are: gates, states and sums of bf16 are fp32, the factors of its products
+are bf16. fp16 is computed in fp32 and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ _CELLS = {
     "gru": _Cell(3, 3, 1, True, True, True),
 }
 _T = TypeVar("_T")
-_HALF = (torch.float16, torch.bfloat16)
 _FRESH = 4 << 20  # bytes; malloc hands large blocks back to the system and takes fresh pages the next time
-_DTYPES = (torch.float32, torch.float64, *_HALF)
+_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # in csrc/bindings.cpp
+_DTYPES = (*_STORAGE, torch.float16)
 
 
 def unavailable() -> str | None:
@@ -58,7 +59,7 @@ def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: portable, avx2 or avx512."""
+    """The instruction set in use: portable, avx2, avx512 or avx512bf16."""
     return _C.isa()
 
 
@@ -120,27 +121,38 @@ def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:
     else:
         number = id(weight)
         entry = _table[number] = _Packs(weakref.ref(weight, lambda dead: _forget(dead, number)), {})
-    pack = _pack(_wide(weight), kind, gates)
+    pack = _pack(_stored(weight), kind, gates)
     entry.packs[kind] = (key, pack)
     return pack
 
 
 def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
+    storage = _STORAGE[weight.dtype]
+    width = _C.width(storage)
+    per = 2 if weight.dtype is torch.bfloat16 else 1  # values that a product takes at once
     rows, columns = weight.shape
-    f64 = weight.dtype is torch.float64
-    width = _C.width(f64)
+    threads = torch.get_num_threads()
     if kind == "rows":
+        weight = _even(weight)
+        columns = weight.shape[1]
         n = rows // gates
         pack = weight.new_empty(-(-n // width) * width * gates * columns)
-        _C.pack_rows(f64, weight.data_ptr(), gates, n, columns, pack.data_ptr(), torch.get_num_threads())
+        _C.pack_rows(storage, weight.data_ptr(), gates, n, columns, pack.data_ptr(), threads)
     else:
-        pack = weight.new_empty(-(-columns // width) * width * rows)
-        _C.pack_columns(f64, weight.data_ptr(), rows, columns, pack.data_ptr(), torch.get_num_threads())
+        pack = weight.new_empty(-(-columns // width) * width * -(-rows // per) * per)
+        _C.pack_columns(storage, weight.data_ptr(), rows, columns, pack.data_ptr(), threads)
     return pack
 
 
 def _as_stored(weight: Tensor, kind: str, gates: int) -> Tensor:
-    return _wide(weight)
+    return _stored(weight)
+
+
+def _even(tensor: Tensor) -> Tensor:
+    """bf16 with a column of zeros where the number of columns is odd: they are multiplied in pairs."""
+    if tensor.dtype is torch.bfloat16 and tensor.shape[1] % 2:
+        return torch.nn.functional.pad(tensor, (0, 1))
+    return tensor
 
 
 # ---- the layer ---------------------------------------------------------------------------------
@@ -150,8 +162,19 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _stored(tensor: Tensor) -> Tensor:
+    """In the dtype that kernels read."""
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALF else tensor
+    """In the dtype of sums: at least fp32."""
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, gates and states."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _large(tensor: Tensor) -> Tensor:
@@ -194,27 +217,24 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
     spec = _CELLS[cell]
-    storage = input.dtype
-    half = storage in _HALF
-    f64 = storage is torch.float64
+    dtype = input.dtype
     gates = spec.gates
     _, batch, proj = states[0].shape
     hidden = weights[0].shape[0] // gates
     time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    x = _wide(input).view(-1, input.shape[-1])
-    rows = x.shape[0]
+    x = _even(_stored(input).view(-1, input.shape[-1]))
+    rows, size, wide = x.shape[0], x.element_size(), 8 if dtype is torch.float64 else 4
     per_direction = _weights(weights, directions)
 
     width = directions * proj
     output = _large(x.new_empty((*input.shape[:-1], width)))
-    last = [s.float() if half else s.clone() for s in states]
+    last = [s.to(_sums(dtype), copy=True) for s in states]
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
         shapes = saved_shapes(cell, directions, rows, hidden, projected)
-        saved = [_large(x.new_empty(shape)) for shape in shapes]
+        saved = [_large(x.new_empty(shape, dtype=_sums(dtype))) for shape in shapes]
     if rows:
-        size = 8 if f64 else 4
         pointers = [t.data_ptr() for t in saved]
         gates_at = pointers.pop(0) if save and spec.saves_gates else 0
         extra_at = pointers.pop(0) if save and spec.extra else 0
@@ -223,7 +243,7 @@ def forward(
         last0, last1 = last[0].data_ptr(), last[1].data_ptr() if spec.states == 2 else 0
         shape = (time, batch, hidden, proj, rows, _pointer(batch_sizes))
         # One step reads its weights once: packing them, or checking a pack, would read them again.
-        pack = _packed if time > 1 else _as_stored
+        pack = _packed if time > 1 or dtype is torch.bfloat16 else _as_stored
         args, alive = [], []
         for d, w in enumerate(per_direction):
             tensors = (
@@ -240,21 +260,19 @@ def forward(
                     d,
                     x.data_ptr(),
                     x.shape[1],
-                    time > 1,
+                    pack is _packed,
                     *map(_pointer, tensors),
                     output_at + d * proj * size,
                     width,
-                    last0 + d * batch * proj * size,
-                    last1 and last1 + d * batch * hidden * size,
-                    gates_at and gates_at + d * rows * gates * hidden * size,
-                    extra_at and extra_at + d * rows * hidden * size,
-                    raw_at and raw_at + d * rows * hidden * size,
+                    last0 + d * batch * proj * wide,
+                    last1 and last1 + d * batch * hidden * wide,
+                    gates_at and gates_at + d * rows * gates * hidden * wide,
+                    extra_at and extra_at + d * rows * hidden * wide,
+                    raw_at and raw_at + d * rows * hidden * wide,
                 )
             )
-        _C.forward(spec.number, f64, torch.get_num_threads(), *args)
-    if half:
-        return output.to(storage), [s.to(storage) for s in last], saved
-    return output, last, saved
+        _C.forward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
+    return output.to(dtype), [s.to(dtype) for s in last], saved
 
 
 def backward(
@@ -275,27 +293,28 @@ def backward(
     Reads `saved` and leaves it as it is.
     """
     spec = _CELLS[cell]
-    storage = input.dtype
-    f64 = storage is torch.float64
+    dtype = input.dtype
     gates = spec.gates
     _, batch, proj = states[0].shape
     hidden = weights[0].shape[0] // gates
     time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    x = _wide(input).view(-1, input.shape[-1])
-    rows, size, width = x.shape[0], 8 if f64 else 4, directions * proj
+    x = _stored(input).view(-1, input.shape[-1])
+    rows, size, width = x.shape[0], x.element_size(), directions * proj
     per_direction = _weights(weights, directions)
     projected = per_direction[0].hr is not None
 
-    initial = [_wide(s) for s in states]
-    out = _wide(output).view(rows, width)
-    d_out = None if grad_output is None else _wide(grad_output)
+    sums = _sums(dtype)
+    initial = [_stored(states[0]), *map(_wide, states[1:])]
+    out = _stored(output).view(rows, width)
+    d_out = None if grad_output is None else _stored(grad_output)
     d_states = [
-        torch.zeros_like(s) if g is None else g.to(x.dtype, copy=True) for s, g in zip(initial, grad_last)
+        torch.zeros_like(s, dtype=sums) if g is None else g.to(sums, copy=True)
+        for s, g in zip(states, grad_last)
     ]
     # Each direction makes a gradient of the input of its own; they are added at the end.
     new = x.new_empty if rows else x.new_zeros
     d_input = _large(new((directions, rows, x.shape[1]))) if needs[0] else None
-    d_weights = [new(w.shape) if need else None for w, need in zip(weights, needs[1])]
+    d_weights = [new(w.shape, dtype=sums) if need else None for w, need in zip(weights, needs[1])]
     if rows:
         args, alive = [], []
         for d, (w, d_w) in enumerate(zip(per_direction, _weights(d_weights, directions))):
@@ -332,12 +351,12 @@ def backward(
                     *map(_pointer, d_w),
                 )
             )
-        _C.backward(spec.number, f64, torch.get_num_threads(), *args)
+        _C.backward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
 
     grad_input = None
     if d_input is not None:
         grad_input = (d_input[0] if directions == 1 else d_input[0].add_(d_input[1])).view(input.shape)
-        grad_input = grad_input.to(storage)
-    grad_weights = [None if g is None else g.to(storage) for g in d_weights]
-    grad_states = [s.to(storage) if need else None for s, need in zip(d_states, needs[2])]
+        grad_input = grad_input.to(dtype)
+    grad_weights = [None if g is None else g.to(dtype) for g in d_weights]
+    grad_states = [s.to(dtype) if need else None for s, need in zip(d_states, needs[2])]
     return grad_input, grad_weights, grad_states

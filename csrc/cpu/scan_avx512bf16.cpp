@@ -1,0 +1,11 @@
+// AVX-512 with its products of bf16 pairs; the rest is that of scan_avx512.cpp.
+#define FUSEDRNN_VECTOR_BYTES 64
+#include "kernels.h"
+
+namespace fusedrnn {
+extern const Functions<float> kAvx512F32;
+extern const Functions<double> kAvx512F64;
+static const Functions<Bf16> kBf16 = functions<Bf16>();
+const Kernels kAvx512Bf16Kernels = {"avx512bf16",    kAvx512F32,       kAvx512F64, kBf16,
+                                    map_math<float>, map_math<double>, fingerprint};
+}  // namespace fusedrnn

@@ -8,7 +8,7 @@ import torch
 
 import fusedrnn
 from fusedrnn.backends import native, reference
-from fusedrnn.budget import compare
+from fusedrnn.budget import ROUNDED_RUNS, compare
 from fusedrnn.testing import assert_parity, draw_inputs
 
 if native.unavailable():
@@ -99,7 +99,7 @@ def everything(backend, cell, x, sizes, weights, states, directions, grads):
 def expected(cell, *shape, dtype=torch.float32, **options):
     """The problem, gradients to send back, the exact results, and those of torch's own precision.
 
-    The latter are on the data and on the data moved by a rounding, four times: one run can be
+    The latter are on the data and on the data moved by a rounding, several times: one run can be
     right by luck, above all in fp64 where it is the oracle itself.
     """
     args = problem(cell, *shape, dtype=dtype, **options)
@@ -113,7 +113,7 @@ def expected(cell, *shape, dtype=torch.float32, **options):
 
     exact = reference_on(torch.Tensor.double)
     runs = [everything(reference, cell, *args, grads)]
-    runs += [reference_on(functools.partial(moved, seed=seed)) for seed in range(4)]
+    runs += [reference_on(functools.partial(moved, seed=seed)) for seed in range(ROUNDED_RUNS)]
     return args, grads, exact, list(zip(*runs))
 
 

@@ -1,9 +1,8 @@
-// exp, sigmoid and tanh on vectors: no table, no branch; 2-ulp class in fp32, about 1e-15 in fp64.
+// sigmoid and tanh on vectors: no table, no branch; 2-ulp class in fp32, about 1e-15 in fp64.
 //
-// With n = round(y / ln 2) and r = y - n ln 2, exp(y) = 2^n (1 + p(r)) and expm1(y) =
-// 2^n p(r) + (2^n - 1). The second form has no cancellation that matters, so tanh(x) =
-// e / (e + 2) with e = expm1(2x) is accurate near 0 and needs no second branch. A clamp is a
-// comparison that is false for NaN, so NaN passes.
+// Both are made of t = exp(-|y|), which never overflows. With n = round(y / ln 2) and r = y - n ln 2,
+// exp(y) = 2^n (1 + p(r)) and expm1(y) = 2^n p(r) + (2^n - 1), which has no cancellation that matters. A clamp
+// is a comparison that is false for NaN, so NaN passes.
 #pragma once
 
 #include "simd.h"
@@ -19,8 +18,7 @@ struct ExpConstants<float> {
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int kShift = 23;
   static constexpr uint32_t kBias = 127;
-  static constexpr float kLow = -87.9f;     // 2^n becomes 0 here: n = -127
-  static constexpr float kTanhHigh = 9.1f;  // tanh rounds to 1 from 9.011
+  static constexpr float kLow = -87.9f;  // 2^n becomes 0 here: n = -127
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
@@ -31,7 +29,6 @@ struct ExpConstants<double> {
   static constexpr int kShift = 52;
   static constexpr uint64_t kBias = 1023;
   static constexpr double kLow = -708.9;
-  static constexpr double kTanhHigh = 19.1;
   static constexpr double kLog2E = 1.4426950408889634074;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
@@ -60,16 +57,13 @@ struct Exp2Part {
   typename Simd<T>::V p;      // exp(r) - 1
 };
 
-// y must not be below kLow. Above the range n stops at its largest value while r goes on, so that
-// p and with it the result grow to inf instead of meeting inf - inf.
+// y is within kLow .. 0.
 template <class T>
 FUSEDRNN_HD Exp2Part<T> split_exp(typename Simd<T>::V y) {
   using V = typename Simd<T>::V;
   using Bits = typename Simd<T>::Bits;
   using C = ExpConstants<T>;
-  const V top = splat<T>(C::kMagic + static_cast<T>(C::kBias));
-  V shifted = y * C::kLog2E + C::kMagic;
-  shifted = shifted > top ? top : shifted;
+  const V shifted = y * C::kLog2E + C::kMagic;
   const V n = shifted - C::kMagic;
   const V r = (y - n * C::kLn2High) - n * C::kLn2Low;
   const Bits scale = ((Bits)shifted << C::kShift) + (C::kBias << C::kShift);
@@ -79,32 +73,31 @@ FUSEDRNN_HD Exp2Part<T> split_exp(typename Simd<T>::V y) {
 template <class T>
 struct VectorMath {
   using V = typename Simd<T>::V;
+  using Bits = typename Simd<T>::Bits;
   using C = ExpConstants<T>;
 
   static FUSEDRNN_HD V splat(double value) { return fusedrnn::splat<T>(static_cast<T>(value)); }
 
-  static FUSEDRNN_HD V exp(V x) {
-    const V low = splat(C::kLow);
-    x = x < low ? low : x;
-    const auto e = split_exp<T>(x);
-    return e.scale * e.p + e.scale;
+  // -|x|, at least `low`.
+  static FUSEDRNN_HD V negative(V x, V low) { return at_least(low, (V)((Bits)x | (Bits)splat(-0.0))); }
+
+  // 1 / (1 + t), or t / (1 + t) for negative x.
+  static FUSEDRNN_HD V sigmoid(V x) {
+    const auto e = split_exp<T>(negative(x, splat(C::kLow)));
+    const V t = e.scale * e.p + e.scale, one = splat(1);
+    return (x < splat(0) ? t : one) / (one + t);
   }
 
-  static FUSEDRNN_HD V sigmoid(V x) { return static_cast<T>(1) / (static_cast<T>(1) + exp(-x)); }
-
-  // On |x|, and as 1 - 2 / (e + 2) where that is near 1: what the backward makes of a saturated
-  // gate, 1 - tanh^2, is only as good as its last digit.
+  // (1 - t) / (1 + t) with t = exp(-2|x|) on |x|, and as 1 - 2t / (1 + t) where that is near 1: what the
+  // backward makes of a saturated gate, 1 - tanh^2, is only as good as its last digit.
   static FUSEDRNN_HD V tanh(V x) {
-    using Bits = typename Simd<T>::Bits;
-    const V high = splat(C::kTanhHigh);
-    const Bits sign = (Bits)x & (Bits)splat(-0.0);
-    V a = (V)((Bits)x ^ sign);
-    a = a > high ? high : a;
+    const V a = negative(x, splat(C::kLow / 2));
     const auto e = split_exp<T>(a + a);
-    const V expm1 = e.scale * e.p + (e.scale - static_cast<T>(1));
-    const V two = splat(2), four = splat(4);
-    const V q = (expm1 > four ? two : expm1) / (expm1 + two);
-    return (V)((Bits)(expm1 > four ? static_cast<T>(1) - q : q) | sign);
+    const V t = e.scale * e.p + e.scale, one = splat(1);
+    const V expm1 = e.scale * e.p + (e.scale - one);
+    const auto small = expm1 > splat(-0.75);
+    const V q = (small ? -expm1 : t + t) / (expm1 + splat(2));
+    return (V)((Bits)(small ? q : one - q) | ((Bits)x & (Bits)splat(-0.0)));
   }
 };
 

@@ -106,6 +106,26 @@ FUSEDRNN_HD void store_masked(T* to, typename Simd<T>::V v, int n) {
 
 #endif
 
+// The larger of each lane; where a lane of v is NaN it stays so. Compilers make two instructions of the comparison.
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  return (VecF)_mm256_max_ps((__m256)low, (__m256)v);
+#else
+  return low > v ? low : v;
+#endif
+}
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)low, (__m512d)v);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  return (VecD)_mm256_max_pd((__m256d)low, (__m256d)v);
+#else
+  return low > v ? low : v;
+#endif
+}
+
 // bf16 is loaded to and stored from float vectors, rounded to nearest even.
 typedef uint16_t VecH __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 

@@ -37,7 +37,10 @@ ISA_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ],
 }
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"]
+SOURCES = [
+    *("csrc/bindings.cpp", "csrc/stepper.cpp"),
+    *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"),
+]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += ["csrc/cpu/scan_avx2.cpp", "csrc/cpu/scan_avx512.cpp"]
 

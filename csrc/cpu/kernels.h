@@ -10,6 +10,7 @@
 #include "forward.h"
 #include "math.h"
 #include "pack.h"
+#include "step_kernel.h"
 
 namespace fusedrnn {
 namespace {
@@ -39,6 +40,11 @@ constexpr Functions<T> functions() {
       Simd<T>::kWidth,
       {kTileRows<RnnTanh>, kTileRows<RnnRelu>, kTileRows<Lstm>, kTileRows<Gru>},
   };
+}
+
+constexpr Kernels level(const char* name) {
+  return {name, functions<float>(), functions<double>(),
+          {step_functions<Plain<float>>, step_functions<BFloat16>, step_functions<Int8>}, fingerprint};
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "step.h"
+
 namespace fusedrnn {
 
 struct Barrier;
@@ -109,6 +111,7 @@ struct Kernels {
   const char* name;
   Functions<float> f32;
   Functions<double> f64;
+  StepFunctions step[kStorages];
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
 };
 

@@ -2,5 +2,5 @@
 #include "kernels.h"
 
 namespace fusedrnn {
-const Kernels kAvx2Kernels = {"avx2", functions<float>(), functions<double>(), fingerprint};
+const Kernels kAvx2Kernels = level("avx2");
 }  // namespace fusedrnn

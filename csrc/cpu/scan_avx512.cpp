@@ -2,5 +2,5 @@
 #include "kernels.h"
 
 namespace fusedrnn {
-const Kernels kAvx512Kernels = {"avx512", functions<float>(), functions<double>(), fingerprint};
+const Kernels kAvx512Kernels = level("avx512");
 }  // namespace fusedrnn

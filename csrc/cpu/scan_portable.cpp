@@ -2,5 +2,5 @@
 #include "kernels.h"
 
 namespace fusedrnn {
-const Kernels kPortableKernels = {"portable", functions<float>(), functions<double>(), fingerprint};
+const Kernels kPortableKernels = level("portable");
 }  // namespace fusedrnn

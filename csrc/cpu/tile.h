@@ -3,7 +3,7 @@
 #pragma once
 
 #include "scan.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace fusedrnn {
 namespace {
@@ -16,13 +16,13 @@ constexpr int max_rows(int columns) {
   return kRegisters == 32 ? (columns == 4 ? 6 : 8) : (columns == 4 ? 3 : 4);
 }
 
-// rows[r][k] is at rows[r * stride + k * k_stride].
-template <class T, int R, int NB, int G>
+// rows[r][k] is at rows[r * stride + k * k_stride]; the weight is stored as S says (storage.h).
+template <class T, class S, int R, int NB, int G>
 void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
-          const T* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
+          const typename S::Element* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
           T* __restrict__ out /*[R, NB, G, W]*/) {
   using V = typename Simd<T>::V;
-  constexpr int W = Simd<T>::kWidth, N = NB * G;
+  constexpr int W = Simd<T>::kWidth, N = NB * G, K = S::kTogether;
   // Few accumulators cannot hide the latency of a multiply-add: split K among copies of them.
   constexpr int U = R * N >= 8 ? 1 : (R * N >= 4 ? 2 : 4);
 
@@ -38,27 +38,37 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stri
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) acc[u][r][n] = V{};
 
-    for (; k + U <= stop; k += U) {
+    for (; k + U * K <= stop; k += U * K) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        V w[N];
+        const int64_t at = k + u * K;
+        V w[N][K];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) w[n] = load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
+        for (int n = 0; n < N; ++n) S::load(weight + (n / G) * block + (at * G + n % G * K) * W, w[n]);
+#pragma GCC unroll 2
+        for (int i = 0; i < K; ++i)
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const V h = splat(rows[r * stride + (k + u) * k_stride]);
+          for (int r = 0; r < R; ++r) {
+            const V h = splat(rows[r * stride + (at + i) * k_stride]);
 #pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) acc[u][r][n] += w[n] * h;
-        }
+            for (int n = 0; n < N; ++n) acc[u][r][n] += w[n][i] * h;
+          }
       }
     }
-    if constexpr (U > 1) {
-      for (; k < stop; ++k) {
+    if constexpr (U * K > 1) {
+      for (; k < stop; k += K) {
+        V w[N][K];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-          const V w = load(weight + (n / G) * block + (k * G + n % G) * W);
+        for (int n = 0; n < N; ++n) S::load(weight + (n / G) * block + (k * G + n % G * K) * W, w[n]);
+#pragma GCC unroll 2
+        for (int i = 0; i < K; ++i) {
+          if (k + i == stop) break;
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[0][r][n] += w * splat(rows[r * stride + k * k_stride]);
+          for (int r = 0; r < R; ++r) {
+            const V h = splat(rows[r * stride + (k + i) * k_stride]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[0][r][n] += w[n][i] * h;
+          }
         }
       }
     }
@@ -75,22 +85,22 @@ void tile(int64_t k_end, const T* __restrict__ rows /*[R, k_end]*/, int64_t stri
   } while (k < k_end);
 }
 
-template <class T>
-using Tile = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*);
+template <class T, class S>
+using Tile = void (*)(int64_t, const T*, int64_t, int64_t, const typename S::Element*, int64_t, T*);
 
-// tile<T, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
-template <class T, int NB, int G>
-FUSEDRNN_HD Tile<T> tile_of(int64_t r) {
+// tile<T, S, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
+template <class T, class S, int NB, int G>
+FUSEDRNN_HD Tile<T, S> tile_of(int64_t r) {
   constexpr int most = max_rows(NB * G);
-  static constexpr Tile<T> tiles[8] = {
-      tile<T, 1, NB, G>,
-      tile<T, 2, NB, G>,
-      tile<T, 3, NB, G>,
-      tile<T, most < 4 ? 1 : 4, NB, G>,
-      tile<T, most < 5 ? 1 : 5, NB, G>,
-      tile<T, most < 6 ? 1 : 6, NB, G>,
-      tile<T, most < 7 ? 1 : 7, NB, G>,
-      tile<T, most < 8 ? 1 : 8, NB, G>,
+  static constexpr Tile<T, S> tiles[8] = {
+      tile<T, S, 1, NB, G>,
+      tile<T, S, 2, NB, G>,
+      tile<T, S, 3, NB, G>,
+      tile<T, S, most < 4 ? 1 : 4, NB, G>,
+      tile<T, S, most < 5 ? 1 : 5, NB, G>,
+      tile<T, S, most < 6 ? 1 : 6, NB, G>,
+      tile<T, S, most < 7 ? 1 : 7, NB, G>,
+      tile<T, S, most < 8 ? 1 : 8, NB, G>,
   };
   return tiles[r - 1];
 }
@@ -99,17 +109,17 @@ FUSEDRNN_HD Tile<T> tile_of(int64_t r) {
 template <int G>
 constexpr int kBlocks = G == 1 ? 4 : 1;
 
-template <class T, int G>
-FUSEDRNN_HD Tile<T> tile_for(int64_t r, int64_t blocks) {
+template <class T, int G, class S = Plain<T>>
+FUSEDRNN_HD Tile<T, S> tile_for(int64_t r, int64_t blocks) {
   if constexpr (G == 1) {
     switch (blocks) {
-      case 1: return tile_of<T, 1, 1>(r);
-      case 2: return tile_of<T, 2, 1>(r);
-      case 3: return tile_of<T, 3, 1>(r);
-      default: return tile_of<T, 4, 1>(r);
+      case 1: return tile_of<T, S, 1, 1>(r);
+      case 2: return tile_of<T, S, 2, 1>(r);
+      case 3: return tile_of<T, S, 3, 1>(r);
+      default: return tile_of<T, S, 4, 1>(r);
     }
   } else {
-    return tile_of<T, 1, G>(r);
+    return tile_of<T, S, 1, G>(r);
   }
 }
 

@@ -21,7 +21,7 @@ from .backends import native, select
 from .stored import STORAGES, Pack, parameters, pointer, rounded, shared_pack, spec_of, stride
 
 # From this many multiply-adds on, two threads are faster than one. Measured: docs/streaming.md.
-_WORTH_THREADS = 1 << 17
+_WORTH_THREADS = 1 << 18
 
 
 def streaming(module: nn.Module, batch: int | None = None, weights: str = "fp32") -> Stepper:

@@ -115,7 +115,5 @@ def test_parameters_that_changed_their_shape(path: str) -> None:
     module = nn.LSTM(4, 5)
     stepper = fusedrnn.streaming(module)
     module.weight_ih_l0 = nn.Parameter(torch.randn(20, 3))
-    with pytest.raises(
-        ValueError, match=r"weight_ih_l0 .* shape \[20, 4\], got .* \[20, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"weight_ih_l0 .* shape \[20, 4\], got .* \[20, 3\]"):
         stepper.step(torch.randn(4))

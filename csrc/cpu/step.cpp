@@ -47,12 +47,15 @@ void run_step(StepPlan& p, const StepRows& x, int threads) {
     run_layers(p, x, {0, 1, p.backwards}, nullptr);
   } else {
     Barrier barrier;
+    barrier.reset(threads);
 #pragma omp parallel num_threads(threads)
     {
-      // OpenMP may give fewer threads than asked for.
       const int team = omp_get_num_threads();
+      // OpenMP may give fewer threads than asked for; a `single` waits for all of them.
+      if (team != threads) {
 #pragma omp single
-      barrier.reset(team);
+        barrier.reset(team);
+      }
       run_layers(p, x, {omp_get_thread_num(), team, p.backwards}, team > 1 ? &barrier : nullptr);
     }
   }

@@ -37,7 +37,10 @@ ISA_FLAGS = {
     "scan_avx512.cpp": AVX512,
     "scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"]
+SOURCES = [
+    *("csrc/bindings.cpp", "csrc/stepper.cpp"),
+    *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"),
+]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += [f"csrc/cpu/{name}" for name in ISA_FLAGS]
 

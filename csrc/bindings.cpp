@@ -10,6 +10,8 @@
 namespace py = pybind11;
 using namespace fusedrnn;
 
+void bind_stepper(py::module_& m);
+
 namespace {
 
 template <class P>
@@ -172,4 +174,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
   m.def("isa_levels", &supported_levels);
   m.def("cpu_features", &cpu_features);
+  bind_stepper(m);
 }

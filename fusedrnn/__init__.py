@@ -6,6 +6,7 @@ from .enable import disable, enable
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .replace import replace
+from .streaming import Stepper, streaming
 
 __all__ = [
     "GRU",
@@ -15,10 +16,12 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stepper",
     "disable",
     "enable",
     "explain",
     "replace",
+    "streaming",
     "use_backend",
 ]
 

@@ -37,7 +37,7 @@ struct ForwardScan {
     const int64_t factors = ceil_div(k, kPer);
     if (kPer > 1 || d.packed) {
       const int64_t block = factors * kGates * W;
-      tile_for<S, kGates>(count, blocks)(factors, rows, row_stride, 1, weight + unit_block * block, block, acc);
+      tile_for<Direct<S>, kGates>(count, blocks)(factors, rows, row_stride, 1, weight + unit_block * block, block, acc);
     } else if constexpr (kPer == 1) {
       unpacked_tile<T, kGates>(count, blocks, k, rows, row_stride, weight, units, unit_block, acc);
     }

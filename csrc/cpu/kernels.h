@@ -10,6 +10,7 @@
 #include "forward.h"
 #include "math.h"
 #include "pack.h"
+#include "step_kernel.h"
 
 namespace fusedrnn {
 namespace {
@@ -39,6 +40,10 @@ constexpr Functions<S> functions() {
       {kTileRows<RnnTanh>, kTileRows<RnnRelu>, kTileRows<Lstm>, kTileRows<Gru>},
   };
 }
+
+template <int = 0>
+constexpr StepFunctions kStep[kStorages] = {step_functions<Direct<float>>, step_functions<BFloat16>,
+                                           step_functions<Int8>};
 
 }  // namespace
 }  // namespace fusedrnn

@@ -23,7 +23,7 @@ FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const 
   const auto part = [&](int64_t first_block, int64_t blocks, Range slab) {
     const Factor<S>* from = weight + (first_block * factors + slab.begin) * W;
     for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t row, int64_t count) {
-      tile_for<S, 1>(count, blocks)(slab.end - slab.begin,
+      tile_for<Direct<S>, 1>(count, blocks)(slab.end - slab.begin,
                                     reinterpret_cast<const Factor<S>*>(a + row * a_stride) + slab.begin,
                                     a_stride / kPer, 1, from, factors * W, acc);
       for (int64_t r = 0; r < count; ++r) {
@@ -101,7 +101,7 @@ FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m,
       }
     });
     for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t i, int64_t rows) {
-      tile_for<S, 1>(rows, blocks)(factors, columns + i, 1, column_stride, panel, factors * W, acc);
+      tile_for<Direct<S>, 1>(rows, blocks)(factors, columns + i, 1, column_stride, panel, factors * W, acc);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < blocks; ++j) {
           const int64_t column = (first_block + j) * W;

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "step.h"
+
 namespace fusedrnn {
 
 struct Barrier;
@@ -145,6 +147,7 @@ struct Kernels {
   // The cells' sigmoid (0) and tanh (1), for tests.
   void (*math32)(int function, const float* in /*[n]*/, float* out /*[n]*/, int64_t n);
   void (*math64)(int function, const double* in /*[n]*/, double* out /*[n]*/, int64_t n);
+  const StepFunctions* step;  // [kStorages]
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
 };
 

@@ -2,7 +2,7 @@
 // held in registers for the whole of K. Packed weights are read once, front to back.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace fusedrnn {
 namespace {
@@ -15,15 +15,14 @@ constexpr int max_rows(int columns) {
   return kRegisters == 32 ? (columns == 4 ? 6 : 8) : (columns == 4 ? 3 : 4);
 }
 
-// rows[r][k] is at rows[r * stride + k * k_stride].
-template <class S, int R, int NB, int G>
-void tile(int64_t k_end, const Factor<S>* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
-          const Factor<S>* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
-          Acc<S>* __restrict__ out /*[R, NB, G, W]*/) {
-  using T = Acc<S>;
+// rows[r][k] is at rows[r * stride + k * k_stride]; P says what they are (storage.h).
+template <class P, int R, int NB, int G>
+void tile(int64_t k_end, const typename P::Row* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
+          const typename P::Element* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
+          typename P::Acc* __restrict__ out /*[R, NB, G, W]*/) {
+  using T = typename P::Acc;
   using V = typename Simd<T>::V;
-  using F = Factors<Factor<S>>;
-  constexpr int W = Simd<T>::kWidth, N = NB * G;
+  constexpr int W = Simd<T>::kWidth, N = NB * G, K = P::kTogether;
   // Few accumulators cannot hide the latency of a multiply-add: split K among copies of them.
   constexpr int U = R * N >= 8 ? 1 : (R * N >= 4 ? 2 : 4);
 
@@ -39,28 +38,36 @@ void tile(int64_t k_end, const Factor<S>* __restrict__ rows /*[R, k_end]*/, int6
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) acc[u][r][n] = V{};
 
-    for (; k + U <= stop; k += U) {
+    for (; k + U * K <= stop; k += U * K) {
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        typename F::V w[N];
+        const int64_t at = k + u * K;
+        typename P::V w[N][K];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) w[n] = F::load(weight + (n / G) * block + ((k + u) * G + n % G) * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const auto h = F::splat(rows[r * stride + (k + u) * k_stride]);
-#pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) acc[u][r][n] = F::add_product(acc[u][r][n], w[n], h);
-        }
-      }
-    }
-    if constexpr (U > 1) {
-      for (; k < stop; ++k) {
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) {
-          const auto w = F::load(weight + (n / G) * block + (k * G + n % G) * W);
+        for (int n = 0; n < N; ++n) P::load(weight + (n / G) * block + (at * G + n % G * K) * W, w[n]);
+#pragma GCC unroll 2
+        for (int i = 0; i < K; ++i)
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
-            acc[0][r][n] = F::add_product(acc[0][r][n], w, F::splat(rows[r * stride + k * k_stride]));
+            const auto h = P::splat(rows[r * stride + (at + i) * k_stride]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[u][r][n] = P::add(acc[u][r][n], w[n][i], h);
+          }
+      }
+    }
+    if constexpr (U * K > 1) {
+      for (; k < stop; k += K) {
+        typename P::V w[N][K];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) P::load(weight + (n / G) * block + (k * G + n % G * K) * W, w[n]);
+#pragma GCC unroll 2
+        for (int i = 0; i < K; ++i) {
+          if (k + i == stop) break;
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const auto h = P::splat(rows[r * stride + (k + i) * k_stride]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[0][r][n] = P::add(acc[0][r][n], w[n][i], h);
           }
         }
       }
@@ -78,22 +85,23 @@ void tile(int64_t k_end, const Factor<S>* __restrict__ rows /*[R, k_end]*/, int6
   } while (k < k_end);
 }
 
-template <class S>
-using Tile = void (*)(int64_t, const Factor<S>*, int64_t, int64_t, const Factor<S>*, int64_t, Acc<S>*);
+template <class P>
+using Tile = void (*)(int64_t, const typename P::Row*, int64_t, int64_t, const typename P::Element*, int64_t,
+                      typename P::Acc*);
 
-// tile<S, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
-template <class S, int NB, int G>
-FUSEDRNN_HD Tile<S> tile_of(int64_t r) {
+// tile<P, r, NB, G> for a run-time number of rows, 1 .. max_rows(NB * G).
+template <class P, int NB, int G>
+FUSEDRNN_HD Tile<P> tile_of(int64_t r) {
   constexpr int most = max_rows(NB * G);
-  static constexpr Tile<S> tiles[8] = {
-      tile<S, 1, NB, G>,
-      tile<S, 2, NB, G>,
-      tile<S, 3, NB, G>,
-      tile<S, most < 4 ? 1 : 4, NB, G>,
-      tile<S, most < 5 ? 1 : 5, NB, G>,
-      tile<S, most < 6 ? 1 : 6, NB, G>,
-      tile<S, most < 7 ? 1 : 7, NB, G>,
-      tile<S, most < 8 ? 1 : 8, NB, G>,
+  static constexpr Tile<P> tiles[8] = {
+      tile<P, 1, NB, G>,
+      tile<P, 2, NB, G>,
+      tile<P, 3, NB, G>,
+      tile<P, most < 4 ? 1 : 4, NB, G>,
+      tile<P, most < 5 ? 1 : 5, NB, G>,
+      tile<P, most < 6 ? 1 : 6, NB, G>,
+      tile<P, most < 7 ? 1 : 7, NB, G>,
+      tile<P, most < 8 ? 1 : 8, NB, G>,
   };
   return tiles[r - 1];
 }
@@ -102,17 +110,17 @@ FUSEDRNN_HD Tile<S> tile_of(int64_t r) {
 template <int G>
 constexpr int kBlocks = G == 1 ? 4 : 1;
 
-template <class S, int G>
-FUSEDRNN_HD Tile<S> tile_for(int64_t r, int64_t blocks) {
+template <class P, int G>
+FUSEDRNN_HD Tile<P> tile_for(int64_t r, int64_t blocks) {
   if constexpr (G == 1) {
     switch (blocks) {
-      case 1: return tile_of<S, 1, 1>(r);
-      case 2: return tile_of<S, 2, 1>(r);
-      case 3: return tile_of<S, 3, 1>(r);
-      default: return tile_of<S, 4, 1>(r);
+      case 1: return tile_of<P, 1, 1>(r);
+      case 2: return tile_of<P, 2, 1>(r);
+      case 3: return tile_of<P, 3, 1>(r);
+      default: return tile_of<P, 4, 1>(r);
     }
   } else {
-    return tile_of<S, 1, G>(r);
+    return tile_of<P, 1, G>(r);
   }
 }
 

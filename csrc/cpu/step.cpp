@@ -1,0 +1,72 @@
+#include "step.h"
+
+#include <omp.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "barrier.h"
+#include "scan.h"
+
+namespace fusedrnn {
+namespace {
+
+constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
+
+void run_layers(const StepPlan& p, const StepRows& input, const StepPart& part, Barrier* barrier) {
+  const StepFunctions& f = p.kernels->step[p.storage];
+  StepRows x = input;
+  for (const StepLayer& layer : p.layers) {
+    f.units[p.cell](p.shape, layer, x, part);
+    if (layer.raw) {
+      if (barrier) barrier_wait(barrier);
+      f.project(p.shape, layer, part);
+    }
+    if (barrier && &layer != &p.layers.back()) barrier_wait(barrier);
+    x = {layer.h_new, p.shape.proj_stride, 1};
+  }
+}
+
+}  // namespace
+
+int64_t step_work(const StepPlan& p) {
+  const StepShape& s = p.shape;
+  int64_t per_row = 0;
+  for (const StepLayer& layer : p.layers) {
+    per_row += kGates[p.cell] * s.hidden * (layer.inputs + s.proj) + (layer.raw ? s.proj * s.hidden : 0);
+  }
+  return per_row * s.batch;
+}
+
+void run_step(StepPlan& p, const StepRows& x, int threads) {
+  p.backwards = !p.backwards;
+  if (threads <= 1) {
+    run_layers(p, x, {0, 1, p.backwards}, nullptr);
+  } else {
+    Barrier barrier;
+    barrier.reset(threads);
+#pragma omp parallel num_threads(threads)
+    {
+      const int team = omp_get_num_threads();
+      // OpenMP may give fewer threads than asked for; a `single` waits for all of them.
+      if (team != threads) {
+#pragma omp single
+        barrier.reset(team);
+      }
+      run_layers(p, x, {omp_get_thread_num(), team, p.backwards}, team > 1 ? &barrier : nullptr);
+    }
+  }
+  const StepShape& s = p.shape;
+  for (const StepLayer& layer : p.layers) {
+    memcpy(layer.h, layer.h_new, sizeof(float) * s.batch * s.proj_stride);
+  }
+  const float* last = p.layers.back().h_new;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    memcpy(p.output + b * s.proj, last + b * s.proj_stride, sizeof(float) * s.proj);
+  }
+}
+
+}  // namespace fusedrnn

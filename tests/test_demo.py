@@ -11,7 +11,8 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import demo
-from fusedrnn.demo import compare
+from fusedrnn.demo import LIMIT, activity, compare
+from fusedrnn.demo.activity import ActivityLoop
 from fusedrnn.demo.compare import MissingPackage, Pair, interleave, largest_difference
 from fusedrnn.demo.pinyin import PinyinTagger, PinyinTask
 from fusedrnn.demo.voice import VoiceEncoder, VoiceTask, similarity
@@ -140,3 +141,11 @@ def test_interleave_runs_both_sides_alike():
     assert calls.count(1) == calls.count(2) > compare.LEAST
     assert timing.ratio > 1
     assert 0 < timing.low <= timing.high
+
+
+def test_the_activity_loop_is_equal_before_and_after():
+    loop, frames = ActivityLoop(), activity.frames()
+    before, after = loop.stock(frames), loop.fused(frames)
+    assert before.shape == (len(frames),)
+    assert largest_difference([before], [after]) <= LIMIT
+    assert torch.equal(loop.fused(frames), after), "each run starts from a state of zeros"

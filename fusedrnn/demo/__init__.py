@@ -1,4 +1,5 @@
-"""`python -m fusedrnn demo`: two trained models of other people, before and after `replace()`.
+"""`python -m fusedrnn demo`: two trained models of other people, before and after `replace()`, and a loop
+over the frames of a microphone, before and after `streaming()`.
 
 Weights and sentences come inside installed packages; nothing is downloaded. The sentences are
 those of hsk-sentences-audio (CC-BY-SA-4.0, https://github.com/no7z/hsk-sentences-audio).
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import activity
 from .compare import MissingPackage, Pair, interleave, largest_difference, require
 from .pinyin import BATCH, PinyinTagger, PinyinTask, agreement, heteronyms
 from .voice import VoiceEncoder, VoiceTask, similarity
@@ -44,7 +46,7 @@ def _run(sentences: Sequence[dict[str, Any]], seconds: float) -> int:
     columns = (SpinnerColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, transient=True) as progress:
         show = progress.console.print
-        bar = progress.add_task("", total=9)
+        bar = progress.add_task("", total=11)
 
         def step(description: str) -> None:
             progress.update(bar, description=description, advance=1)
@@ -84,7 +86,13 @@ def _run(sentences: Sequence[dict[str, Any]], seconds: float) -> int:
         source = "two utterances each of four synthetic voices (harmonics under formants)"
         show(report.section("Resemblyzer: whose voice is it?", source, encoder, tables, voice_checks))
 
-        holds = all(check for _, check in pinyin_checks + voice_checks)
+        step("voice activity: one frame at a time, before and after")
+        loop, frames = activity.ActivityLoop(), activity.frames()
+        error = largest_difference([loop.stock(frames)], [loop.fused(frames)])
+        loop_checks = [(f"largest difference over {len(frames)} frames {error:.1e}", error <= LIMIT)]
+        show(report.loop_section(loop.cell, loop_checks))
+
+        holds = all(check for _, check in pinyin_checks + voice_checks + loop_checks)
         if holds:
             # A time is worth reading only where the outputs are equal.
             every, first = torch.cat(speech.windows), speech.windows[0]
@@ -97,6 +105,9 @@ def _run(sentences: Sequence[dict[str, Any]], seconds: float) -> int:
             ):
                 step(f"timing {what}")
                 rows.append((what, pair.backend(inputs[0]), interleave(pair, inputs, seconds)))
+            step("timing voice activity")
+            timing = interleave(loop, [frames], seconds).per(len(frames))
+            rows.append(("voice activity, a frame", "stepper", timing))
             show(report.timing_table(rows))
             show(report.advice([timing for _, _, timing in rows]))
         else:

@@ -7,9 +7,9 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,15 @@ def require(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingPackage(package) from error
+
+
+class Sides(Protocol):
+    """The same computation before and after."""
+
+    @property
+    def stock(self) -> Callable[[Any], Any]: ...
+    @property
+    def fused(self) -> Callable[[Any], Any]: ...
 
 
 class Pair:
@@ -84,12 +93,16 @@ class Timing:
     def ratio(self) -> float:
         return self.stock / self.fused
 
+    def per(self, parts: int) -> Timing:
+        """For each of the equal parts of an input."""
+        return replace(self, stock=self.stock / parts, fused=self.fused / parts)
+
 
 @torch.inference_mode()
-def interleave(pair: Pair, inputs: Sequence[Any], seconds: float) -> Timing:
-    """Time both networks over all `inputs`, in turns for `seconds`."""
+def interleave(pair: Sides, inputs: Sequence[Any], seconds: float) -> Timing:
+    """Time both sides over all `inputs`, in turns for `seconds`."""
 
-    def run(network: nn.Module) -> float:
+    def run(network: Callable[[Any], Any]) -> float:
         start = time.perf_counter()
         for item in inputs:
             network(item)

@@ -43,9 +43,24 @@ def section(
     """A model: its input, what was replaced in it, its outputs, and what was checked on them."""
     before, after = (network.get_submodule("lstm") for network in (pair.stock, pair.fused))
     swap = f"{_name(before)} -> {_name(after)}({after.extra_repr()})"
-    marks = [Text.assemble(_mark(holds), " ", text) for text, holds in checks]
-    content = Group(Text(f"{source}\n{swap}", style="dim"), "", outputs, "", *marks)
-    return Panel(content, title=f"[bold]{title}", title_align="left", padding=(0, 1))
+    return _panel(title, Text(f"{source}\n{swap}", style="dim"), "", outputs, "", *_marks(checks))
+
+
+def loop_section(cell: nn.Module, checks: Sequence[Check]) -> RenderableType:
+    """The loop over frames: what runs it before and after, and what was checked."""
+    swap = f"{_name(cell)} -> fusedrnn.streaming({_name(cell)}({cell.extra_repr()})).step"
+    source = "one step per frame of a synthetic voice; random weights"
+    return _panel(
+        "voice activity: an answer per frame", Text(f"{source}\n{swap}", style="dim"), "", *_marks(checks)
+    )
+
+
+def _panel(title: str, *content: RenderableType) -> RenderableType:
+    return Panel(Group(*content), title=f"[bold]{title}", title_align="left", padding=(0, 1))
+
+
+def _marks(checks: Sequence[Check]) -> list[RenderableType]:
+    return [Text.assemble(_mark(holds), " ", text) for text, holds in checks]
 
 
 def pinyin_table(

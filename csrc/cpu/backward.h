@@ -177,7 +177,7 @@ struct BackwardScan {
       multiply_rows<S>(part.team, rows, G * H, c.d_x_gates, stride, d.weight_ih, I, d.d_input + begin * I, I);
     }
     // Every thread makes panels of its own: sharing them would cost a barrier each.
-    const int64_t slabs = ceil_div(rows, kLongestSum);
+    const int64_t slabs = ceil_div(rows, kSlabRows);
     for (int64_t i = 0; i < slabs; ++i) {
       const Range slab = share(rows, static_cast<int>(i), static_cast<int>(slabs));
       const int64_t count = slab.end - slab.begin, row = begin + slab.begin;
@@ -217,8 +217,8 @@ struct BackwardScan {
     c.d_x_gates = c.d_h_gates = take(slots * stride);
     if constexpr (Cell::kSplitGate >= 0) c.d_h_gates = take(slots * stride);
     if (d.weight_hr) c.d_hidden = take(slots * hidden_stride);
-    F* pairs = reinterpret_cast<F*>(kPer > 1 ? take(kLongestSum / 2 * stride) : next);
-    F* hidden_pairs = reinterpret_cast<F*>(kPer > 1 && d.weight_hr ? take(kLongestSum / 2 * hidden_stride) : next);
+    F* pairs = reinterpret_cast<F*>(kPer > 1 ? take(kSlabRows / 2 * stride) : next);
+    F* hidden_pairs = reinterpret_cast<F*>(kPer > 1 && d.weight_hr ? take(kSlabRows / 2 * hidden_stride) : next);
     F* panel = reinterpret_cast<F*>(next) + part.team.member * panel_scratch(sizeof(T));
     const Range units = share(ceil_div(H, W), part.member, part.members);
     const Range outputs = share(ceil_div(P, W), part.member, part.members);

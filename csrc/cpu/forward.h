@@ -194,7 +194,7 @@ struct ForwardScan {
       const bool backwards = step & 1;
       if (step == chunk.end_step) next_chunk(chunk, now, step, units);
       const int64_t slots = base(chunk, now, step);
-      for_groups(units, kBlocks<G>, backwards, [&](int64_t unit_block, int64_t blocks) {
+      for_groups(units, s.batch == 1 ? kLoneBlocks<G> : kBlocks<G>, backwards, [&](int64_t unit_block, int64_t blocks) {
         for_tiles(part, now.active, kRows, [&](int64_t b0, int64_t rows) {
           gates(now, chunk, slots + b0, h, h_new, raw, ending, unit_block, blocks, b0, rows);
         });

@@ -63,7 +63,7 @@ FUSEDRNN_HD void panel_row(Bf16Pair* panel, int64_t row, const float* from, int 
   panel_row(panel, row, rounded, Simd<float>::kWidth);
 }
 
-// out [m, n] (+)= a.T @ b for a [count, m] and b [count, n], count at most kLongestSum.
+// out [m, n] (+)= a.T @ b for a [count, m] and b [count, n], count at most kSlabRows.
 // for_rows(copy) calls copy(r, row r of b) for each r in ascending order; `pairs` is for the team.
 template <class S, class Call>
 FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m, const S* a, int64_t a_stride,

@@ -177,17 +177,19 @@ constexpr int64_t forward_scratch(const Shape& s, int64_t element_bytes, int64_t
 }
 // The longest sum that one accumulator makes. The rounding error of a sum grows with its length; sums
 // of partial sums keep a product over thousands of values as exact as a blocked GEMM's.
-constexpr int64_t kLongestSum = 256;
+constexpr int64_t kLongestSum = 128;
 
-// The rows whose gate gradients are kept until the products over them are made.
+// The rows whose gate gradients are kept until the products over them are made: so many that the
+// gradients of the weights, which each product adds to, are not read too often.
+constexpr int64_t kSlabRows = 256;
 constexpr int64_t backward_chunk_rows(const Shape& s) {
-  const int64_t steps = kLongestSum / (s.batch > 0 ? s.batch : 1);
+  const int64_t steps = kSlabRows / (s.batch > 0 ? s.batch : 1);
   const int64_t rows = (steps > 1 ? steps : 1) * s.batch;
   return rows < s.rows ? rows : s.rows;
 }
 // A panel holds this many columns of one factor of a product over rows.
 constexpr int64_t kPanelBytes = 4 * 64;
-constexpr int64_t panel_scratch(int64_t element_bytes) { return kLongestSum * (kPanelBytes / element_bytes); }
+constexpr int64_t panel_scratch(int64_t element_bytes) { return kSlabRows * (kPanelBytes / element_bytes); }
 // d_x_gates, d_h_gates if the cell splits them, d_hidden behind a projection; where a factor is a pair,
 // pairs of the rows of the first and of the last; a panel per thread.
 constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_t gates, bool split, bool projected,
@@ -195,7 +197,7 @@ constexpr int64_t backward_scratch(const Shape& s, int64_t element_bytes, int64_
   const int64_t stride = scratch_stride(gates * s.hidden, element_bytes);
   const int64_t hidden_stride = projected ? scratch_stride(s.proj, element_bytes) : 0;
   return backward_chunk_rows(s) * ((split ? 2 : 1) * stride + hidden_stride) +
-         (paired ? kLongestSum / 2 * (stride + hidden_stride) : 0) + threads * panel_scratch(element_bytes);
+         (paired ? kSlabRows / 2 * (stride + hidden_stride) : 0) + threads * panel_scratch(element_bytes);
 }
 
 }  // namespace fusedrnn

@@ -24,7 +24,8 @@ FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, int64_t k, const S
 template <int G, class F>
 FUSEDRNN_HD void for_step_tiles(int64_t units, int64_t batch, const StepPart& part, F f) {
   constexpr int W = Simd<float>::kWidth, kRows = max_rows(G == 1 ? 4 : G);
-  for_groups(share((units + W - 1) / W, part.member, part.members), kBlocks<G>, part.backwards,
+  for_groups(share((units + W - 1) / W, part.member, part.members), batch == 1 ? kLoneBlocks<G> : kBlocks<G>,
+             part.backwards,
              [&](int64_t unit_block, int64_t blocks) {
                for_each_tile(0, batch, kRows,
                              [&](int64_t first, int64_t rows) { f(unit_block, blocks, first, rows); });

@@ -110,6 +110,11 @@ FUSEDRNN_HD Tile<P> tile_of(int64_t r) {
 template <int G>
 constexpr int kBlocks = G == 1 ? 4 : 1;
 
+// The same for one row alone, whose gates take long to follow from each other: those of two blocks overlap.
+template <int G>
+constexpr int kLoneBlocks = G == 1 ? 4 : 2;
+
+// tile<P, r, blocks, G>; blocks is 1 or, with G > 1 for one row alone, kLoneBlocks.
 template <class P, int G>
 FUSEDRNN_HD Tile<P> tile_for(int64_t r, int64_t blocks) {
   if constexpr (G == 1) {
@@ -120,7 +125,7 @@ FUSEDRNN_HD Tile<P> tile_for(int64_t r, int64_t blocks) {
       default: return tile_of<P, 4, 1>(r);
     }
   } else {
-    return tile_of<P, 1, G>(r);
+    return blocks == 1 ? tile_of<P, 1, G>(r) : tile<P, 1, kLoneBlocks<G>, G>;
   }
 }
 

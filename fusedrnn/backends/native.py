@@ -136,10 +136,10 @@ def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
         weight = _even(weight)
         columns = weight.shape[1]
         n = rows // gates
-        pack = weight.new_empty(-(-n // width) * width * gates * columns)
+        pack = _large(weight.new_empty(-(-n // width) * width * gates * columns))
         _C.pack_rows(storage, weight.data_ptr(), gates, n, columns, pack.data_ptr(), threads)
     else:
-        pack = weight.new_empty(-(-columns // width) * width * -(-rows // per) * per)
+        pack = _large(weight.new_empty(-(-columns // width) * width * -(-rows // per) * per))
         _C.pack_columns(storage, weight.data_ptr(), rows, columns, pack.data_ptr(), threads)
     return pack
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedrnn
 from fusedrnn.__main__ import main
 from fusedrnn.backends import native
 from fusedrnn.bench import ceilings, goals
@@ -18,7 +19,7 @@ from fusedrnn.bench.cases import Case
 from fusedrnn.bench.ceilings import Ceilings
 from fusedrnn.bench.goals import Goal
 from fusedrnn.bench.groups import full
-from fusedrnn.bench.prepared import Prepared
+from fusedrnn.bench.prepared import Prepared, prepare
 from fusedrnn.bench.report import Result, markdown
 from fusedrnn.bench.timing import FEWEST, Times, interleave
 from fusedrnn.budget import Row
@@ -262,6 +263,28 @@ def test_the_summary_of_groups() -> None:
         ("lstm", "3", "1", "2.00", "1.00", results[1].case.label),
         ("ragged", "1", "1", "-", "-", ""),
     ]
+
+
+# ---- one step ----------------------------------------------------------------------------------
+
+needs_streaming = pytest.mark.skipif(not hasattr(fusedrnn, "streaming"), reason="no fusedrnn.streaming")
+
+
+@needs_streaming
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_sides_of_a_step_agree(cell: str, storage: str) -> None:
+    prepared = prepare(Case(cell, 6, 1, 1, "inference", "step", storage, inputs=5))
+    parity = prepared.parity()
+    assert parity.ok, parity
+    with torch.inference_mode():
+        calls = prepared.calls()
+        assert list(calls) == ["torch", "cell", "fused"]
+        for _ in range(3):
+            module, ours = calls["torch"](), calls["cell"]()
+            assert calls["fused"]().shape == (6,)
+    for a, b in zip(*([side] if cell == "gru" else side for side in (module, ours))):
+        torch.testing.assert_close(a[0], b)
 
 
 # ---- ceilings ----------------------------------------------------------------------------------

@@ -112,7 +112,8 @@ class Result:
 
 
 def _milliseconds(times: Times) -> str:
-    return f"{times.p50 * 1e3:.3f} ({times.p20 * 1e3:.3f}-{times.p80 * 1e3:.3f})"
+    p20, p50, p80 = (f"{seconds * 1e3:.4g}" for seconds in (times.p20, times.p50, times.p80))
+    return f"{p50} ({p20}-{p80})"
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -75,9 +75,10 @@ def _carry(call: Callable[[Any], Any], module: Any) -> Callable[[], Any]:
     zeros = torch.zeros(1, *([1] if isinstance(module, nn.RNNBase) else []), module.hidden_size)
     hx: Any = (zeros, zeros) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else zeros
 
-    def step() -> None:
+    def step() -> Any:
         nonlocal hx
         hx = call(hx)
+        return hx
 
     return step
 

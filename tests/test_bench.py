@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fusedrnn
 from fusedrnn.__main__ import main
 from fusedrnn.backends import native
 from fusedrnn.bench import ceilings, goals
@@ -267,10 +266,7 @@ def test_the_summary_of_groups() -> None:
 
 # ---- one step ----------------------------------------------------------------------------------
 
-needs_streaming = pytest.mark.skipif(not hasattr(fusedrnn, "streaming"), reason="no fusedrnn.streaming")
 
-
-@needs_streaming
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_sides_of_a_step_agree(cell: str, storage: str) -> None:

@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import fusedrnn
-
 from .. import terminal
 from ..backends import select
 from ..cells import CELLS
@@ -53,9 +51,6 @@ def _groups(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases by group."""
     if arguments.full or arguments.one_step:
         groups = full() if arguments.full else one_step()
-        if not hasattr(fusedrnn, "streaming"):
-            print("one step: not timed: this version has no fusedrnn.streaming", file=sys.stderr)
-            groups.pop("one step")
         kept = {name: [case for case in cases if _wanted(case, arguments)] for name, cases in groups.items()}
         return {name: cases for name, cases in kept.items() if cases}
     by_layout: dict[str, list[Case]] = {}

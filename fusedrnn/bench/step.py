@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fusedrnn
-
 from ..backends import select
 from ..budget import Parity, check
 from ..parity import make_module
+from ..streaming import Stepper, streaming
 from ..testing import stock
 from .cases import Case
 
@@ -27,7 +26,7 @@ class PreparedStep:
     case: Case
     module: nn.Module
     cell: nn.Module
-    stepper: Any
+    stepper: Stepper
     input: Tensor  # [T, I]
 
     @classmethod
@@ -37,8 +36,7 @@ class PreparedStep:
         cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[case.cell](case.input_size, case.hidden)
         cell.load_state_dict({name.removesuffix("_l0"): w for name, w in module.state_dict().items()})
         input = torch.randn(_GATE_STEPS, case.input_size, generator=torch.Generator().manual_seed(0))
-        stepper = fusedrnn.streaming(fused, weights=case.dtype)  # type: ignore[attr-defined]
-        return cls(case, module, cell, stepper, input)
+        return cls(case, module, cell, streaming(fused, weights=case.dtype), input)
 
     def parity(self) -> Parity:
         """Of every output of a few steps, with weights as they are stored: what storing costs is no error."""

@@ -305,6 +305,14 @@ def test_the_ceiling_is_the_longer_of_two_times(machine: Ceilings) -> None:
     assert replace(machine, bandwidth={}).read_seconds(few) == 0
 
 
+def test_of_two_measurements_the_better_rates_count(machine: Ceilings) -> None:
+    busy = {"L1": 9e9, "L2": 1e9, "L3": 1e9, "DRAM": 1e9}
+    other = replace(machine, flops={"fp32": 2e9, "fp64": 1e8, "bf16": 2e9}, bandwidth={1: busy, 2: busy})
+    best = machine.best(other)
+    assert best.flops == {"fp32": 2e9, "fp64": 5e8, "bf16": 2e9}
+    assert best.bandwidth[2] == {"L1": 9e9, "L2": 4e9, "L3": 2e9, "DRAM": 1e9}
+
+
 @needs_native
 def test_ceilings_are_measured() -> None:
     found = ceilings.measure()

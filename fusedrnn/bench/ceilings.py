@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -69,6 +69,15 @@ class Ceilings:
     def seconds(self, case: Case) -> float:
         """No run of the case is faster."""
         return max(self.gemm_seconds(case), self.read_seconds(case))
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each rate: a busy moment lowers what is measured in it."""
+        flops = {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()}
+        bandwidth = {
+            threads: {level: max(rate, other.bandwidth[threads][level]) for level, rate in levels.items()}
+            for threads, levels in self.bandwidth.items()
+        }
+        return replace(self, flops=flops, bandwidth=bandwidth)
 
     def __str__(self) -> str:
         rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in self.flops.items())

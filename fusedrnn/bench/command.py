@@ -135,6 +135,7 @@ def _grid(arguments: argparse.Namespace, seconds: float) -> tuple[Report, bool]:
             for case in cases:
                 step(case.label)
                 results.append(run(group, case, gate, seconds))
+        found = found.best(ceilings.measure())
     terminal.table(COLUMNS, [result.cells(found) for result in results])
     print(f"\n{found}\n")
     terminal.table(goals.GROUP_COLUMNS, goals.groups(results))

@@ -1,5 +1,6 @@
-"""pytest-benchmark over a few cases of `python -m fusedrnn bench`: run `pytest benchmarks`.
+"""pytest-benchmark over the cases of `python -m fusedrnn bench --full`.
 
+They are many: `pytest benchmarks -k "ragged and H256"` runs some.
 For ratios use the command: it alternates torch.nn and fusedrnn, while these run one after the other.
 """
 
@@ -9,25 +10,25 @@ from typing import Any
 
 import pytest
 
-from fusedrnn.bench.cases import LAYOUTS, MODES, Case
+from fusedrnn.bench.cases import Case
+from fusedrnn.bench.groups import full
+from fusedrnn.bench.prepared import prepare
 
 CASES = [
-    Case(cell, hidden, batch, 64, mode, layout)
-    for cell in ("lstm", "gru", "rnn_tanh")
-    for hidden, batch in ((64, 1), (256, 8))
-    for layout in LAYOUTS
-    for mode in MODES
+    pytest.param(case, id=f"{group} {case.label}".replace(" ", "-"))
+    for group, cases in full().items()
+    for case in cases
 ]
 
 
 @pytest.mark.parametrize("side", ["torch", "fused"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label.replace(" ", "-"))
+@pytest.mark.parametrize("case", CASES)
 def test_layer(case: Case, side: str, benchmark: Any) -> None:
-    prepared = case.prepare()
+    prepared = prepare(case)
     if side == "fused":
-        parity = prepared.parity()
+        parity = prepare(case.gate()).parity()
         assert parity.ok, parity
     benchmark.group = case.label
     benchmark.extra_info["backend"] = "torch" if side == "torch" else prepared.backend()
-    stock, fused = prepared.calls()
-    benchmark(stock if side == "torch" else fused)
+    with case.grad_mode():
+        benchmark(prepared.calls()[side])

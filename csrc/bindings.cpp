@@ -166,6 +166,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fingerprint", [](uintptr_t data, size_t bytes) { return kernels().fingerprint(at<const void>(data), bytes); },
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "read",
+      [](uintptr_t data, size_t bytes, int64_t repeats, int threads) {
+        return run_read(kernels(), at<const void>(data), bytes, repeats, threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), "reads memory and does nothing else, for the benchmark's ceilings");
   m.def("width", [](int storage) {
     const Kernels& k = kernels();
     return storage == 1 ? k.f64.width : k.f32.width;

@@ -7,7 +7,7 @@ import torch
 
 import fusedrnn
 from fusedrnn import ops
-from fusedrnn.backends import select
+from fusedrnn.backends import reference, select
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +42,24 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(ops, "layer", spy)
     return seen
+
+
+@pytest.fixture
+def one_thread():
+    """Test processes run side by side: threads that wait for each other would only wait longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def red(monkeypatch):
+    """A reference that is off by 1e-3."""
+    layer = reference.layer
+
+    def off(*args):
+        output, last = layer(*args)
+        return output + 1e-3, last
+
+    monkeypatch.setattr(reference, "layer", off)

@@ -1,16 +1,13 @@
-"""`python -m fusedrnn`: doctor, parity, bench, and the way to the demo."""
+"""`python -m fusedrnn`: doctor, parity, and the way to the others."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,41 +15,17 @@ import torch
 import fusedrnn
 from fusedrnn import terminal
 from fusedrnn.__main__ import main
-from fusedrnn.backends import native, reference
-from fusedrnn.bench.cases import Case
-from fusedrnn.bench.report import Result, markdown
-from fusedrnn.bench.timing import FEWEST, Times, interleave
-from fusedrnn.budget import Row
+from fusedrnn.backends import native
 
 NO_NATIVE = "it is not built"
 ROOT = Path(fusedrnn.__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="fusedrnn._C is not built")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Test processes run side by side: threads that wait for each other would only wait longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "unavailable", lambda: NO_NATIVE)
-
-
-@pytest.fixture
-def red(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reference that is off by 1e-3."""
-    layer = reference.layer
-
-    def off(*args: Any) -> Any:
-        output, last = layer(*args)
-        return output + 1e-3, last
-
-    monkeypatch.setattr(reference, "layer", off)
 
 
 # ---- the entry ---------------------------------------------------------------------------------
@@ -162,85 +135,6 @@ def test_every_instruction_set_is_at_parity(cell: str, capsys: pytest.CaptureFix
 def test_parity_of_a_backend_that_is_not_there(no_native: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["parity", "--backend", "native"]) == 2
     assert capsys.readouterr().out == f"native: not compared: {NO_NATIVE}\n"
-
-
-# ---- bench -------------------------------------------------------------------------------------
-
-SMALL = ["--cell", "gru", "--hidden", "8", "--batch", "2", "--time", "3", "--seconds", "0"]
-
-
-@pytest.mark.parametrize("layout", [[], ["--ragged"], ["--bidirectional"]])
-def test_bench_leaves_json_and_a_table(
-    layout: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "out.json"
-    arguments = [*SMALL, *layout, "--backend", "reference", "--json", str(file), "--markdown"]
-    assert main(["bench", *arguments]) == 0
-    report = json.loads(file.read_text())
-    assert report["command"] == "python -m fusedrnn bench " + " ".join(arguments)
-    assert report["machine"]["threads"] == torch.get_num_threads()
-    assert report["versions"]["torch"] == torch.__version__
-    assert [r["mode"] for r in report["results"]] == ["inference", "training"]
-    for record in report["results"]:
-        assert record["backend"] == "reference"
-        assert record["parity"]["ok"]
-        assert record["rounds"] >= FEWEST
-        times = record["seconds"]
-        for side in ("torch", "fused"):
-            assert 0 < times[side]["p20"] <= times[side]["p50"] <= times[side]["p80"]
-        assert record["ratio"] == pytest.approx(times["torch"]["p50"] / times["fused"]["p50"])
-    assert "| --- |" in capsys.readouterr().out
-
-
-def test_a_red_case_is_not_timed(red: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "out.json"
-    arguments = [*SMALL, "--mode", "inference", "--backend", "reference", "--json", str(file), "--markdown"]
-    assert main(["bench", *arguments]) == 1
-    (record,) = json.loads(file.read_text())["results"]
-    assert record["seconds"] == {}
-    assert record["ratio"] is None
-    assert not record["parity"]["ok"]
-    assert "RED output[0]: error 0.001" in capsys.readouterr().out
-
-
-def test_timing_takes_turns() -> None:
-    order: list[str] = []
-    times, rounds = interleave([lambda: order.append("a"), lambda: order.append("b")], seconds=0)
-    assert rounds == FEWEST
-    assert all(0 < t.p20 <= t.p50 <= t.p80 for t in times)
-    turns = [side for i, side in enumerate(order) if i == 0 or order[i - 1] != side]
-    assert turns[:2] == ["a", "b"]
-    # within a round each runs once; the next round begins with who came last
-    assert len(turns) == 3 + FEWEST
-
-
-def test_the_table_of_the_readme() -> None:
-    row = Row("output[0]", 0.0, 0.0, 1.0)
-
-    def result(hidden: int, batch: int, layout: str, ratio: float) -> Result:
-        case = Case("lstm", hidden, batch, 128, "inference", layout)
-        return Result(case, "native", row, Times(1.0, ratio, 1.0), Times(1.0, 1.0, 1.0), 7)
-
-    red = Result(Case("lstm", 128, 8, 128, "inference", "dense"), "native", row)
-    text = markdown(
-        [result(64, 1, "dense", 2.0), result(64, 8, "dense", 1.25), red, result(64, 8, "ragged", 4)]
-    )
-    assert text.splitlines() == [
-        "| torch time / fused time, B = 1 / 8 | H = 64 | H = 128 |",
-        "| --- | --- | --- |",
-        "| lstm inference | 2.0 / 1.2 | - / RED |",
-        "",
-        "| case | torch ms | fused ms | torch time / fused time |",
-        "| --- | --- | --- | --- |",
-        "| lstm H64 B8 T128 ragged inference fp32 | 4000.00 | 1000.00 | 4.0 |",
-    ]
-
-
-def test_work_counts_rows_that_exist() -> None:
-    dense = Case("gru", 10, 4, 8, "inference", "dense")
-    assert dense.work()[0] == 2 * (8 * 4) * 3 * 10 * (10 + 10)
-    ragged = Case("gru", 10, 4, 8, "training", "ragged")
-    assert ragged.work()[0] == 3 * 2 * sum(ragged.lengths() or []) * 3 * 10 * (10 + 10)
 
 
 # ---- the terminal ------------------------------------------------------------------------------

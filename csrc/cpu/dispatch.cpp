@@ -301,6 +301,20 @@ void huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repeats, int threads) {
+  uint64_t all = 0;
+#pragma omp parallel num_threads(threads) reduction(^ : all)
+  {
+    const int64_t blocks = static_cast<int64_t>(bytes) / kReadBytes;
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = blocks * me / team * kReadBytes, end = blocks * (me + 1) / team * kReadBytes;
+    for (int64_t i = 0; i < repeats; ++i) {
+      all ^= k.read(static_cast<const char*>(data) + begin, static_cast<size_t>(end - begin));
+    }
+  }
+  return all;
+}
+
 #define FUSEDRNN_INSTANTIATE(S)                                                                        \
   template void run_forward<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                   \
   template void run_backward<S>(const Kernels&, int, BackwardDirection<S>*, int, int);                 \

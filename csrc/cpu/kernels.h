@@ -10,6 +10,7 @@
 #include "forward.h"
 #include "math.h"
 #include "pack.h"
+#include "read.h"
 #include "step_kernel.h"
 
 namespace fusedrnn {

@@ -139,6 +139,9 @@ struct Functions {
   int rows[kCells];  // batch rows that the forward tile of a cell takes at once
 };
 
+// The plain read (cpu/read.h) takes multiples of this.
+constexpr int64_t kReadBytes = 512;
+
 struct Kernels {
   const char* name;
   const Functions<float>& f32;
@@ -149,6 +152,7 @@ struct Kernels {
   void (*math64)(int function, const double* in /*[n]*/, double* out /*[n]*/, int64_t n);
   const StepFunctions* step;  // [kStorages]
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
+  uint64_t (*read)(const void* data, size_t bytes);         // bytes: a multiple of kReadBytes
 };
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

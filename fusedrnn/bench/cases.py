@@ -1,36 +1,52 @@
-"""What is timed: a stock module and a fused one with the same weights, on the same input."""
+"""What is timed: one layer or stack, its sizes, and the work that it cannot do without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CELLS
-from ..explain import explain
-from ..parity import DTYPES, make_module
-from ..testing import Parity, draw_inputs, parity, stock
 
-LAYOUTS = ("dense", "ragged", "bidirectional")
 MODES = ("inference", "training")
-_GATE_STEPS = 16
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # bytes of a value
+_GATE_STEPS, _GATE_WORK = 16, 5e8
+
+
+class Work(NamedTuple):
+    """What a case cannot do without.
+
+    Attributes:
+        flops: floating-point operations of the matrix products; training makes three of each.
+        bytes: what must move at least once: weights, input and output; in training also their gradients.
+        resident: bytes of what every step reads again: the recurrent matrices of one layer (G*H*P, and P*H
+            with a projection, per direction); for a single step every weight of the module.
+        streamed: ``resident`` once per step and layer, in training once more for the backward: the least that
+            the level of memory that holds it has to deliver.
+    """
+
+    flops: float
+    bytes: float
+    resident: float
+    streamed: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer with as many inputs as hidden units.
+    """One module and its sizes.
 
     Attributes:
         cell: lstm, gru, rnn_tanh or rnn_relu.
         hidden, batch, time: H, B and T. Ragged: T is the longest of B random lengths.
         mode: inference (``torch.inference_mode``), or training: forward, and the gradients of the
             input and of every weight.
-        layout: dense, ragged (a PackedSequence) or bidirectional.
-        dtype: a key of fusedrnn.parity.DTYPES.
+        layout: dense; ragged (a PackedSequence); bidirectional; projection (P = H / 2); stacked (3 layers);
+            step (one step of a stream, state kept: ``fusedrnn.streaming`` against torch.nn called with hx).
+        dtype: a key of fusedrnn.parity.DTYPES; of a step what its weights are stored in: fp32, bf16 or int8.
+        inputs: I; as many as hidden units if None.
     """
 
     cell: str
@@ -40,96 +56,63 @@ class Case:
     mode: str
     layout: str
     dtype: str = "fp32"
+    inputs: int | None = None
+
+    @property
+    def input_size(self) -> int:
+        return self.hidden if self.inputs is None else self.inputs
 
     @property
     def label(self) -> str:
-        sizes = f"H{self.hidden} B{self.batch} T{self.time}"
+        wide = "" if self.inputs is None else f" I{self.inputs}"
+        sizes = f"H{self.hidden}{wide} B{self.batch} T{self.time}"
         return f"{self.cell} {sizes} {self.layout} {self.mode} {self.dtype}"
 
     def lengths(self) -> list[int] | None:
-        """T and B - 1 lengths between 1 and T; None if all are T."""
+        """T and B - 1 lengths, uniform between T/4 and T; None if all are T."""
         if self.layout != "ragged":
             return None
         make = torch.Generator().manual_seed(0)
-        rest = torch.randint(1, self.time + 1, (self.batch - 1,), generator=make)
+        rest = torch.randint(max(self.time // 4, 1), self.time + 1, (self.batch - 1,), generator=make)
         return [self.time, *rest.tolist()]
 
-    def prepare(self) -> Prepared:
-        fused = make_module(
-            self.cell,
-            self.hidden,
-            self.hidden,
-            bidirectional=self.layout == "bidirectional",
-            dtype=DTYPES[self.dtype],
-        )
-        inputs = draw_inputs(fused, time=self.time, batch=self.batch, lengths=self.lengths())
-        return Prepared(self, stock(fused), fused, inputs)
+    def grad_mode(self) -> AbstractContextManager[object]:
+        """What its calls run in."""
+        return torch.inference_mode(self.mode == "inference")
 
-    def work(self) -> tuple[int, int]:
-        """Floating-point operations of the matrix products, and bytes that must move at least once.
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of the module's constructor."""
+        layouts: dict[str, dict[str, int | bool]] = {
+            "bidirectional": {"bidirectional": True},
+            "projection": {"proj_size": self.hidden // 2},
+            "stacked": {"num_layers": 3},
+        }
+        return layouts.get(self.layout, {})
 
-        Bytes are those of the weights, of the input and of the output; of training also of their
-        gradients.
-        """
-        directions = 2 if self.layout == "bidirectional" else 1
-        rows = sum(self.lengths() or [self.time * self.batch])
+    def gate(self) -> Case:
+        """The case whose parity speaks for this one: the first steps, as an fp64 oracle takes its time."""
+        per_step = self.work().flops / self.time
+        return replace(self, time=min(self.time, max(2, min(_GATE_STEPS, int(_GATE_WORK / per_step)))))
+
+    def work(self) -> Work:
+        options = self.options()
+        layers, directions = int(options.get("num_layers", 1)), 2 if "bidirectional" in options else 1
+        projected = "proj_size" in options
+        proj = int(options.get("proj_size", self.hidden))
         gates = len(CELLS[self.cell].gates)
-        weights = directions * gates * self.hidden * (2 * self.hidden + 2)
-        values = weights + rows * self.hidden * (1 + directions)
-        flops = 2 * rows * directions * gates * self.hidden * 2 * self.hidden
-        size = DTYPES[self.dtype].itemsize
-        return (3 * flops, 2 * values * size) if self.mode == "training" else (flops, values * size)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A case with its modules and its input."""
-
-    case: Case
-    stock: nn.Module
-    fused: nn.Module
-    inputs: tuple[Any, ...]
-
-    def parity(self) -> Parity:
-        """Of the first steps: an fp64 oracle of all of them takes longer than the timing."""
-        case = replace(self.case, time=min(self.case.time, _GATE_STEPS))
-        inputs = draw_inputs(self.fused, time=case.time, batch=case.batch, lengths=case.lengths())
-        return parity(self.fused, self.stock, inputs, gradients=case.mode == "training")
-
-    def backend(self) -> str:
-        """What the fused module runs on."""
-        with torch.set_grad_enabled(self.case.mode == "training"):
-            return explain(self.fused, *self.inputs).backend
-
-    def calls(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """What is timed, of the stock module and of the fused one."""
-        make = _training_call if self.case.mode == "training" else _inference_call
-        return make(self.stock, self.inputs), make(self.fused, self.inputs)
-
-
-def _inference_call(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.inference_mode():
-            return module(*inputs)
-
-    return call
-
-
-def _training_call(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], Any]:
-    input, *hx = inputs
-    if isinstance(input, PackedSequence):
-        data = input.data.detach().requires_grad_()
-        input = input._replace(data=data)
-    else:
-        data = input = input.detach().requires_grad_()
-    wanted = [data, *module.parameters()]
-
-    def forward() -> Tensor:
-        output = module(input, *hx)[0]
-        return output.data if isinstance(output, PackedSequence) else output
-
-    grad = torch.ones_like(forward())
-    return lambda: torch.autograd.grad(forward(), wanted, grad)
+        rows = sum(self.lengths() or [self.time * self.batch])
+        recurrent = directions * (gates * self.hidden * proj + projected * proj * self.hidden)
+        inputs = [self.input_size] + [directions * proj] * (layers - 1)
+        matrices = sum(recurrent + directions * gates * self.hidden * i for i in inputs)
+        biases = layers * directions * gates * self.hidden * 2
+        flops = 2.0 * rows * matrices
+        values = matrices + biases + rows * (self.input_size + directions * proj)
+        size = ITEMSIZE[self.dtype]
+        resident = (matrices if self.layout == "step" else recurrent) * size
+        streamed = (1 if self.layout == "step" else layers) * self.time * resident
+        if self.mode == "training":
+            return Work(3 * flops, 2 * values * size, resident, 2 * streamed)
+        return Work(flops, values * size, resident, streamed)
 
 
 def grid(

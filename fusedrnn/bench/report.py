@@ -6,8 +6,8 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from ..doctor import cpu_model, instruction_set, version
 from ..testing import Row
 from .cases import Case
+from .ceilings import Ceilings
 from .timing import Times
 
 COLUMNS = (
@@ -24,63 +25,98 @@ COLUMNS = (
     "torch p50 (p20-p80) ms",
     "fused p50 (p20-p80) ms",
     "ratio",
+    "other ratios",
     "GFLOP/s",
-    "of GEMM",
+    "GB/s",
+    "of ceiling",
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case that was timed, or, without times, the row of it that is over budget."""
+    """A case that was timed, or, without times, the row of it that is over budget.
 
+    ``times`` are per side: torch, fused, and what else the fused one was timed against.
+    """
+
+    group: str
     case: Case
     backend: str
     worst: Row
-    stock: Times | None = None
-    fused: Times | None = None
+    times: Mapping[str, Times] = field(default_factory=dict)
     rounds: int = 0
 
     @property
-    def ratio(self) -> float | None:
-        """Of medians; above 1 the fused module is faster."""
-        return self.stock.p50 / self.fused.p50 if self.stock and self.fused else None
+    def ratios(self) -> dict[str, float]:
+        """Of medians, per other side: above 1 the fused module is faster."""
+        return {side: t.p50 / self.times["fused"].p50 for side, t in self.times.items() if side != "fused"}
 
-    def cells(self, gemm: float) -> tuple[str, ...]:
-        """The row of the table; ``gemm`` is what the machine reaches in a large matrix product, in flop/s."""
-        if self.stock is None or self.fused is None:
-            return self.case.label, self.backend, f"RED {self.worst}", "", "", "", ""
-        rate = self.case.work()[0] / self.fused.p50
-        times = (_milliseconds(self.stock), _milliseconds(self.fused))
-        ratio = self.stock.p50 / self.fused.p50
+    def measures(self, ceilings: Ceilings) -> dict[str, float]:
+        """Every number that a goal may be about; none if the case was not timed."""
+        if not self.times:
+            return {}
+        seconds, work = self.times["fused"].p50, self.case.work()
+        measures = {
+            **self.ratios,
+            "seconds": seconds,
+            "flops_per_second": work.flops / seconds,
+            "bytes_per_second": work.streamed / seconds,
+            "of_gemm": ceilings.gemm_seconds(self.case) / seconds,
+            "of_read": ceilings.read_seconds(self.case) / seconds,
+            "of_ceiling": ceilings.seconds(self.case) / seconds,
+        }
+        if ceilings.level(self.case) in ("L3", "DRAM"):
+            measures["of_read_beyond_l2"] = measures["of_read"]
+        return measures
+
+    def cells(self, ceilings: Ceilings) -> tuple[str, ...]:
+        """The row of the table."""
+        if not self.times:
+            return self.case.label, self.backend, f"RED {self.worst}", *[""] * 6
+        found = self.measures(ceilings)
+        bound = "GEMM" if found["of_gemm"] >= found["of_read"] else ceilings.level(self.case)
         return (
             self.case.label,
             self.backend,
-            *times,
-            f"{ratio:.2f}",
-            f"{rate / 1e9:.1f}",
-            f"{rate / gemm:.0%}",
+            _milliseconds(self.times["torch"]),
+            _milliseconds(self.times["fused"]),
+            f"{found['torch']:.2f}",
+            ", ".join(f"{side} {ratio:.2f}" for side, ratio in self.ratios.items() if side != "torch"),
+            f"{found['flops_per_second'] / 1e9:.1f}",
+            f"{found['bytes_per_second'] / 1e9:.1f}",
+            f"{found['of_ceiling']:.0%} {bound}",
         )
 
-    def record(self, gemm: float) -> dict[str, Any]:
-        flops, moved = self.case.work()
+    def record(self, ceilings: Ceilings) -> dict[str, Any]:
+        """For JSON; keys are only ever added, so that a later run can be held against an earlier one."""
+        found, work = self.measures(ceilings), self.case.work()
         return {
+            "group": self.group,
             **asdict(self.case),
             "backend": self.backend,
             "parity": {**asdict(self.worst), "ok": self.worst.ok},
-            "seconds": {side: asdict(t) for side, t in (("torch", self.stock), ("fused", self.fused)) if t},
-            "ratio": self.ratio,
+            "seconds": {side: asdict(t) for side, t in self.times.items()},
+            "ratio": found.get("torch"),
+            "ratios": self.ratios,
             "rounds": self.rounds,
-            "flops": flops,
-            "bytes": moved,
-            "of_gemm": flops / self.fused.p50 / gemm if self.fused else None,
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "resident_bytes": work.resident,
+            "streamed_bytes": work.streamed,
+            "level": ceilings.level(self.case),
+            "bytes_per_second": found.get("bytes_per_second"),
+            "of_gemm": found.get("of_gemm"),
+            "of_read": found.get("of_read"),
+            "of_ceiling": found.get("of_ceiling"),
         }
 
 
 def _milliseconds(times: Times) -> str:
-    return f"{times.p50 * 1e3:.3f} ({times.p20 * 1e3:.3f}-{times.p80 * 1e3:.3f})"
+    p20, p50, p80 = (f"{seconds * 1e3:.4g}" for seconds in (times.p20, times.p50, times.p80))
+    return f"{p50} ({p20}-{p80})"
 
 
-def environment(command: str, gemm: float) -> dict[str, Any]:
+def environment(command: str) -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -92,7 +128,6 @@ def environment(command: str, gemm: float) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "isa": instruction_set(),
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "gemm_flops_per_second": gemm,
             "platform": platform.platform(),
         },
         "versions": {
@@ -136,7 +171,7 @@ def markdown(results: Sequence[Result]) -> str:
     if rest:
         lines += ["", "| case | torch ms | fused ms | torch time / fused time |", "| --- | --- | --- | --- |"]
         for r in rest:
-            times = [f"{t.p50 * 1e3:.2f}" if t else "RED" for t in (r.stock, r.fused)]
+            times = [f"{r.times[side].p50 * 1e3:.2f}" if r.times else "RED" for side in ("torch", "fused")]
             lines.append(f"| {r.case.label} | {times[0]} | {times[1]} | {_short(r)} |")
     return "\n".join(lines)
 
@@ -144,4 +179,4 @@ def markdown(results: Sequence[Result]) -> str:
 def _short(result: Result | None) -> str:
     if result is None:
         return "-"
-    return "RED" if result.ratio is None else f"{result.ratio:.1f}"
+    return f"{result.ratios['torch']:.1f}" if result.times else "RED"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 SHORTEST = 2e-3  # seconds of one sample, far above the clock's resolution and a call's jitter
 FEWEST = 7  # rounds
+FEWEST_SLOW, PATIENCE = 3, 2.0  # rounds that are enough once this many seconds are over
 
 
 @dataclass(frozen=True)
@@ -28,31 +29,38 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
     return (perf_counter() - start) / repeats
 
 
-def interleave(calls: Sequence[Callable[[], Any]], seconds: float) -> tuple[list[Times], int]:
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, shortest: float = SHORTEST
+) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
     Args:
-        seconds: for how long; at least FEWEST rounds are made.
+        calls: by name.
+        seconds: for how long; at least FEWEST rounds are made, or FEWEST_SLOW of slow calls.
+        shortest: seconds of one sample; a shorter call is repeated for as long.
 
     Returns:
-        One Times per call, and the number of rounds.
+        Times by name, and the number of rounds.
     """
-    repeats = []
-    for call in calls:
+    repeats = {}
+    for name, call in calls.items():
         call()
-        call()
-        repeats.append(max(1, round(SHORTEST / max(_sample(call, 2), 1e-7) + 0.5)))
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    end = perf_counter() + seconds
-    rounds = 0
-    while rounds < FEWEST or perf_counter() < end:
-        for k in order:
-            samples[k].append(_sample(calls[k], repeats[k]))
+        once = _sample(call, 1)
+        repeats[name] = max(1, round(shortest / max(once, 1e-7) + 0.5))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    begin, rounds = perf_counter(), 0
+    while not _enough(rounds, perf_counter() - begin, seconds):
+        for name in order:
+            samples[name].append(_sample(calls[name], repeats[name]))
         # whoever runs second finds a warmer machine
         order.reverse()
         rounds += 1
-    return [_quantiles(column) for column in samples], rounds
+    return {name: _quantiles(column) for name, column in samples.items()}, rounds
+
+
+def _enough(rounds: int, elapsed: float, seconds: float) -> bool:
+    return rounds >= (FEWEST if elapsed < PATIENCE else FEWEST_SLOW) and elapsed >= seconds
 
 
 def _quantiles(values: Sequence[float]) -> Times:

@@ -1,0 +1,138 @@
+"""What the machine can do, measured in the same run: the rate of a GEMM, and how fast memory is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from ..backends import native
+from ..doctor import kernels
+from ..parity import DTYPES
+from .cases import Case
+
+LEVELS = ("L1", "L2", "L3", "DRAM")
+_GUESS = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}  # where the system does not say
+_READ = 512  # bytes: kReadBytes of csrc/cpu/scan.h
+_SAMPLE = 64 << 20  # bytes that one call reads at least
+_SECONDS, _FEWEST = 0.2, 10  # of a measurement, and calls in it
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The least time of a case is the longer of two, with all threads of the run:
+
+    * its floating-point operations at the rate of torch's product of matrices of 1024 x 1024: in fp64, in
+      fp32, or for half precision in fp32 or bf16, whichever is faster here;
+    * the bytes that each step reads again (cases.Work.streamed) at the bandwidth of the level that holds
+      them, which is the first level whose size is at least Work.resident (L1 and L2: sizes of all threads'
+      cores together, as they share a matrix out).
+
+    The fraction of the ceiling is that time over the measured one. What the definition leaves out (input and
+    output, activations, barriers, the first touch of a weight) makes the fraction smaller, never larger.
+
+    Attributes:
+        threads: of torch.
+        cache: bytes of the cache levels, L1 and L2 of one core.
+        flops: per second, by dtype.
+        bandwidth: bytes per second that a plain read reaches, by number of threads and level: every thread
+            reads its own share of a buffer of half the level's size (DRAM: four times the last cache), again
+            and again; the best of many times, as of the matrix products. Empty without fusedrnn._C.
+    """
+
+    threads: int
+    cache: Mapping[str, int]
+    flops: Mapping[str, float]
+    bandwidth: Mapping[int, Mapping[str, float]]
+
+    def level(self, case: Case) -> str:
+        """The level that holds what a case reads every step."""
+        resident = case.work().resident
+        fits = (name for name, size in _sizes(self.cache, self.threads).items() if resident <= size)
+        return next(fits, "DRAM")
+
+    def gemm_seconds(self, case: Case) -> float:
+        rate = self.flops["fp64" if case.dtype == "fp64" else "fp32"]
+        if case.dtype in ("bf16", "fp16"):
+            rate = max(rate, self.flops["bf16"])
+        return case.work().flops / rate
+
+    def read_seconds(self, case: Case) -> float:
+        """Zero where bandwidth was not measured."""
+        if not self.bandwidth:
+            return 0.0
+        return case.work().streamed / self.bandwidth[self.threads][self.level(case)]
+
+    def seconds(self, case: Case) -> float:
+        """No run of the case is faster."""
+        return max(self.gemm_seconds(case), self.read_seconds(case))
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each rate: a busy moment lowers what is measured in it."""
+        flops = {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()}
+        bandwidth = {
+            threads: {level: max(rate, other.bandwidth[threads][level]) for level, rate in levels.items()}
+            for threads, levels in self.bandwidth.items()
+        }
+        return replace(self, flops=flops, bandwidth=bandwidth)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in self.flops.items())
+        lines = [f"GEMM, {self.threads} threads: {rates} GFLOP/s"]
+        for threads, levels in self.bandwidth.items():
+            rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in levels.items())
+            lines.append(f"read, {threads} threads: {rates} GB/s")
+        return "\n".join(lines)
+
+
+def measure() -> Ceilings:
+    """The ceilings of this machine, in about two seconds."""
+    cache, threads = cache_sizes(), torch.get_num_threads()
+    counts = sorted({1, threads}) if native.unavailable() is None else []
+    bandwidth = {count: {level: _read_rate(level, cache, count) for level in LEVELS} for count in counts}
+    flops = {name: _gemm_rate(DTYPES[name]) for name in ("fp32", "fp64", "bf16")}
+    return Ceilings(threads, cache, flops, bandwidth)
+
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes of the data caches of core 0 as the system gives them; a guess where it does not."""
+    found = dict(_GUESS)
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        name, size = f"L{(index / 'level').read_text().strip()}", (index / "size").read_text().strip()
+        if name in found and (index / "type").read_text().strip() != "Instruction":
+            found[name] = int(size.rstrip("KM")) << {"K": 10, "M": 20}[size[-1]]
+    return found
+
+
+def _sizes(cache: Mapping[str, int], threads: int) -> dict[str, int]:
+    """Bytes that each cache level holds for that many threads, a core each."""
+    return {name: size if name == "L3" else threads * size for name, size in cache.items()}
+
+
+def _gemm_rate(dtype: torch.dtype) -> float:
+    n = 1024
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    with torch.inference_mode():
+        return 2 * n**3 / _best(lambda: a @ b)
+
+
+def _read_rate(level: str, cache: Mapping[str, int], threads: int) -> float:
+    size = 4 * cache["L3"] if level == "DRAM" else _sizes(cache, threads)[level] // 2
+    size -= size % (_READ * threads)
+    buffer, repeats = torch.zeros(size, dtype=torch.uint8), max(1, _SAMPLE // size)
+    read = kernels().read
+    return size * repeats / _best(lambda: read(buffer.data_ptr(), size, repeats, threads))
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call: other work on the machine makes calls slower, never faster."""
+    times: list[float] = []
+    end = perf_counter() + _SECONDS
+    while perf_counter() < end or len(times) < _FEWEST:
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return min(times)

@@ -165,9 +165,12 @@ constexpr int64_t scratch_stride(int64_t columns, int64_t element_bytes) {
   return (lines | 1) * per_line;
 }
 // The x_gates of a chunk of time are made at once: few enough rows to stay in the cache until the
-// scan reads them, enough for the product to be worth it. 24 is a multiple of every tile.
+// scan reads them, enough for the product to be worth it, and more where reading the weights once more
+// costs more than reading x_gates from the next cache. 24 is a multiple of every tile.
 constexpr int64_t chunk_rows(const Shape& s, int64_t element_bytes, int64_t gates) {
-  const int64_t fit = (int64_t{512} << 10) / (scratch_stride(gates * s.hidden, element_bytes) * element_bytes);
+  const int64_t row_bytes = scratch_stride(gates * s.hidden, element_bytes) * element_bytes;
+  const int64_t a_quarter = s.hidden / 4 * row_bytes;
+  const int64_t fit = (a_quarter > (int64_t{512} << 10) ? a_quarter : int64_t{512} << 10) / row_bytes;
   const int64_t rows = fit < 24 ? 24 : fit > 192 ? 192 : fit / 24 * 24;
   const int64_t needed = s.rows < rows ? s.rows : rows;
   return needed > s.batch ? needed : s.batch;

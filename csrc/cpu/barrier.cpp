@@ -21,9 +21,9 @@ inline void relax() {
 #endif
 }
 
-// Long enough for a step of the other members, short enough that a member which lost its core to
-// another process does not cost its mates theirs.
-constexpr int kSpins = 1000;
+// A few milliseconds, a turn of the scheduler: beside busy processes a member that sleeps comes back a turn
+// later, at every step. One that spins loses no more than its own share, and goes on whenever its mates run too.
+constexpr int kSpins = 300000;
 constexpr int kYields = 8;
 
 void sleep_until_round_ends(Barrier& b, unsigned round) {

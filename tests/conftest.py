@@ -1,7 +1,5 @@
 """What more than one test file needs."""
 
-import os
-
 import pytest
 import torch
 
@@ -11,15 +9,12 @@ from fusedrnn.backends import reference, select
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_per_worker():
-    """Workers of pytest-xdist share the cores: more threads than those would wait for each other."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(before)
-    else:
-        yield
+def one_thread():
+    """Test processes run side by side: more threads than cores would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -42,15 +37,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(ops, "layer", spy)
     return seen
-
-
-@pytest.fixture
-def one_thread():
-    """Test processes run side by side: threads that wait for each other would only wait longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

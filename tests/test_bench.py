@@ -23,7 +23,6 @@ from fusedrnn.bench.report import Result, markdown
 from fusedrnn.bench.timing import FEWEST, Times, interleave
 from fusedrnn.budget import Row
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="fusedrnn._C is not built")
 
 

@@ -17,7 +17,6 @@ from fusedrnn.bench import loaded, memory
 from fusedrnn.bench.cases import Case
 
 ROOT = Path(fusedrnn.__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- memory ------------------------------------------------------------------------------------
 

@@ -201,14 +201,11 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_and_alone() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sizes are tiny, and tests run side by side
+def quiet() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dropout option adds dropout")
         warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,6 @@ from fusedrnn.backends import native
 
 NO_NATIVE = "it is not built"
 ROOT = Path(fusedrnn.__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="fusedrnn._C is not built")
 
 

@@ -37,14 +37,6 @@ def path(request: Any) -> Any:
     native._C.set_isa("")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 MAKERS: dict[str, Any] = {
     "RNN": lambda i, h: nn.RNN(i, h),
     "RNN relu": lambda i, h: nn.RNN(i, h, nonlinearity="relu", bias=False),

@@ -94,15 +94,7 @@ struct BackwardScan {
     const int64_t block = gate_factors * W;
     tile_for<Direct<S>, 1>(rows, blocks)(slab.end - slab.begin, factors(d_h_gates + b0 * stride) + slab.begin, stride / kPer, 1,
                                  d.weight_hh + unit_block * block + slab.begin * W, block, acc);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < blocks; ++j) {
-        const int64_t u = (unit_block + j) * W;
-        const int n = static_cast<int>(smaller(W, P - u));
-        T* to = d.d_state0 + (b0 + r) * P + u;
-        const V sum = load(acc + (r * blocks + j) * W);
-        store(to, Cell::kDirect || slab.begin > 0 ? sum + load(to, n) : sum, n);
-      }
-    }
+    store_tile(acc, rows, blocks, unit_block, P, Cell::kDirect || slab.begin > 0, d.d_state0 + b0 * P, P);
   }
 
   // The whole of a step's gate phase behind a projection.

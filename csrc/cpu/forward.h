@@ -50,11 +50,11 @@ struct ForwardScan {
     T* x_gates;     // [ceil(H/W), slots, G, W]
     int64_t slots;
     bool all_rows;
-    int64_t row = 0, first_step = 0, end_step = 0;
+    Span span{};
   };
 
   FUSEDRNN_HD int64_t base(const Chunk& c, const Clock& now, int64_t step) const {
-    return c.all_rows ? now.row - c.row : (step - c.first_step) * s.batch;
+    return c.all_rows ? now.row - c.span.row_begin : (step - c.span.first_step) * s.batch;
   }
 
   // Rows [row, row + rows) of N into slots from `slot` on, for `blocks` blocks of units.
@@ -81,27 +81,24 @@ struct ForwardScan {
 
   // Makes the x_gates of as many steps from `now` on as fit.
   FUSEDRNN_HD void next_chunk(Chunk& c, const Clock& now, int64_t step, Range units) const {
-    const Span span = span_from(now, step, !d.reverse, [&](const Span& longer) {
+    c.span = span_from(now, step, !d.reverse, [&](const Span& longer) {
       const int64_t steps = longer.end_step - longer.first_step;
       return (c.all_rows ? longer.row_end - longer.row_begin : steps * s.batch) <= c.slots;
     });
-    c.first_step = step;
-    c.end_step = span.end_step;
-    c.row = span.row_begin;
-    const int64_t rows = span.row_end - span.row_begin;
+    const int64_t rows = c.span.row_end - c.span.row_begin;
     for_groups(units, kBlocks<G>, false, [&](int64_t unit_block, int64_t blocks) {
       if (c.all_rows) {
         for_each_tile(0, rows, kRows, [&](int64_t slot, int64_t count) {
-          project_input(c, slot, unit_block, blocks, c.row + slot, count);
+          project_input(c, slot, unit_block, blocks, c.span.row_begin + slot, count);
         });
         return;
       }
       Clock at = now;
-      for (int64_t i = step; i < c.end_step; ++i) {
+      for (int64_t i = step; i < c.span.end_step; ++i) {
         for_tiles(part, at.active, kRows, [&](int64_t b0, int64_t rows) {
           project_input(c, base(c, at, i) + b0, unit_block, blocks, at.row + b0, rows);
         });
-        if (i + 1 < c.end_step) advance(at, !d.reverse);
+        if (i + 1 < c.span.end_step) advance(at, !d.reverse);
       }
     });
   }
@@ -192,7 +189,7 @@ struct ForwardScan {
       // Rows from `ending` on have their last step now.
       const int64_t ending = d.reverse ? (now.t == 0 ? 0 : now.active) : now.size(now.t + 1);
       const bool backwards = step & 1;
-      if (step == chunk.end_step) next_chunk(chunk, now, step, units);
+      if (step == chunk.span.end_step) next_chunk(chunk, now, step, units);
       const int64_t slots = base(chunk, now, step);
       for_groups(units, s.batch == 1 ? kLoneBlocks<G> : kBlocks<G>, backwards, [&](int64_t unit_block, int64_t blocks) {
         for_tiles(part, now.active, kRows, [&](int64_t b0, int64_t rows) {

@@ -26,15 +26,7 @@ FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const 
       tile_for<Direct<S>, 1>(count, blocks)(slab.end - slab.begin,
                                     reinterpret_cast<const Factor<S>*>(a + row * a_stride) + slab.begin,
                                     a_stride / kPer, 1, from, factors * W, acc);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t j = 0; j < blocks; ++j) {
-          const int64_t column = (first_block + j) * W;
-          const int lanes = static_cast<int>(smaller(W, n - column));
-          S* to = out + (row + r) * out_stride + column;
-          const auto sum = load(acc + (r * blocks + j) * W);
-          store(to, slab.begin > 0 ? load(to, lanes) + sum : sum, lanes);
-        }
-      }
+      store_tile(acc, count, blocks, first_block, n, slab.begin > 0, out + row * out_stride, out_stride);
     });
   };
   for_groups(blocks_of_mine, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
@@ -102,15 +94,7 @@ FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m,
     });
     for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t i, int64_t rows) {
       tile_for<Direct<S>, 1>(rows, blocks)(factors, columns + i, 1, column_stride, panel, factors * W, acc);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < blocks; ++j) {
-          const int64_t column = (first_block + j) * W;
-          const int lanes = static_cast<int>(smaller(W, n - column));
-          T* to = out + (i + r) * n + column;
-          const auto sum = load(acc + (r * blocks + j) * W);
-          store(to, add ? load(to, lanes) + sum : sum, lanes);
-        }
-      }
+      store_tile(acc, rows, blocks, first_block, n, add, out + i * n, n);
     });
   });
 }

@@ -93,6 +93,18 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
+def _lines(report: dict[str, Any]) -> str:
+    """JSON with a line for each result, which is what changes from one run to the next."""
+    fields = []
+    for key, value in report.items():
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
+        fields.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedrnn bench",
@@ -190,5 +202,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         command = shlex.join(["python", "-m", "fusedrnn", "bench", *(argv or [])])
         report = {**environment(command), "load": load, **report}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.json.write_text(_lines(report))
     return 0 if within else 1

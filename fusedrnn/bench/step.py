@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backends import select
 from ..budget import Parity, check
 from ..parity import make_module
+from ..stored import rounded
 from ..streaming import Stepper, streaming
 from ..testing import stock
 from .cases import Case
@@ -42,9 +43,8 @@ class PreparedStep:
         """Of every output of a few steps, with weights as they are stored: what storing costs is no error."""
         module = stock(self.module)
         with torch.no_grad():
-            for name, weight in module.named_parameters():
-                if name.startswith("weight"):
-                    weight.copy_(_stored(weight, self.case.dtype))
+            for weight in module.parameters():
+                weight.copy_(rounded(weight, self.case.dtype))
         exact = stock(module).double()
         self.stepper.reset()
         ours = torch.stack([self.stepper.step(x).clone() for x in self.input])
@@ -79,13 +79,3 @@ def _carry(call: Callable[[Any], Any], module: Any) -> Callable[[], Any]:
         return hx
 
     return step
-
-
-def _stored(weight: Tensor, storage: str) -> Tensor:
-    """What is left of a weight in bf16, or in int8 with one scale per row."""
-    if storage == "bf16":
-        return weight.bfloat16().float()
-    if storage == "int8":
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        return (weight / scale).round() * scale
-    return weight

@@ -5,7 +5,8 @@ import torch
 
 import fusedrnn
 from fusedrnn import ops
-from fusedrnn.backends import reference, select
+from fusedrnn.backends import select
+from fusedrnn.backends.reference import layer as reference
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 # In order of preference; `reference` can always run.
-ORDER = ("native", "reference")
+ORDER = ("native", "triton", "reference")
 # `torch` is torch.nn's own path: functional hands the whole stack over to it.
 NAMES = (*ORDER, "torch")
 
@@ -78,7 +78,7 @@ def requested() -> str | None:
 
 
 class use_backend:
-    """Ask for one backend: ``native``, ``reference``, ``torch``, or ``auto`` for the table's choice.
+    """Ask for one backend: ``native``, ``triton``, ``reference``, ``torch``; or ``auto``, the table's choice.
 
     Takes effect at once, for the process; used in a ``with`` statement it is undone at the end.
     A request that the backend cannot run raises :class:`BackendError` with the reason.

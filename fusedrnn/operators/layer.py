@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.reference import layer as reference
 from ..cells import CELLS
-from . import Grads, accumulation, lib, second_order, without_autocast
+from . import Grads, lib, second_order, without_autocast
 
 # Lists are flat so that one schema serves every cell: layer returns
 # [output, *last_states, *saved]; layer_backward returns one gradient per
@@ -156,8 +156,9 @@ def _layer_fake(
     saved = []
     if save:
         n = rows[0] if len(rows) == 1 else rows[0] * rows[1]
-        shapes = select.kernels(backend, "layer").saved_shapes(cell, directions, n, hidden, proj)
-        saved = [input.new_empty(shape, dtype=accumulation(input.dtype)) for shape in shapes]
+        kernels = select.kernels(backend, "layer")
+        found = kernels.saved_tensors(cell, directions, n, hidden, proj, input.dtype)
+        saved = [input.new_empty(shape, dtype=dtype) for shape, dtype in found]
     return [output, *last, *saved]
 
 

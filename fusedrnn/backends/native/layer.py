@@ -37,8 +37,10 @@ def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
     return no_kernel(dtype, device_type)
 
 
-def saved_shapes(cell: str, directions: int, rows: int, hidden: int, proj: bool) -> list[tuple[int, ...]]:
-    """The shapes of what `forward` returns as saved."""
+def saved_tensors(
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """The shapes and dtypes of what `forward` returns as saved."""
     spec = _CELLS[cell]
     shapes: list[tuple[int, ...]] = []
     if spec.saves_gates:
@@ -47,7 +49,7 @@ def saved_shapes(cell: str, directions: int, rows: int, hidden: int, proj: bool)
         shapes.append((directions, rows, hidden))
     if proj:
         shapes.append((directions, rows, hidden))
-    return shapes
+    return [(shape, _sums(dtype)) for shape in shapes]
 
 
 # ---- packed weights ----------------------------------------------------------------------------
@@ -176,8 +178,8 @@ def forward(
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
-        shapes = saved_shapes(cell, directions, rows, hidden, projected)
-        saved = [_large(x.new_empty(shape, dtype=_sums(dtype))) for shape in shapes]
+        found = saved_tensors(cell, directions, rows, hidden, projected, dtype)
+        saved = [_large(x.new_empty(shape, dtype=sums)) for shape, sums in found]
     if rows:
         pointers = [t.data_ptr() for t in saved]
         gates_at = pointers.pop(0) if save and spec.saves_gates else 0

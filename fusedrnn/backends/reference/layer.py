@@ -15,7 +15,9 @@ def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
 
 
-def saved_shapes(cell: str, directions: int, rows: int, hidden: int, proj: bool) -> list[tuple[int, ...]]:
+def saved_tensors(
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return []  # its backward recomputes
 
 

@@ -1,0 +1,101 @@
+"""Which schedule and tiles a scan gets: one table, keyed on the cell, H, the dtype and the machine.
+
+Never on T, and on the batch only by its tile of 16 or 32 rows: a new batch size compiles nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Machine(NamedTuple):
+    """What of a GPU the choice depends on."""
+
+    sms: int
+    shared: int  # bytes of shared memory that a program may have
+
+
+class Plan(NamedTuple):
+    """A schedule (scan.py) and its tiles: BB rows of the batch by BU units, products in NK tiles of BK."""
+
+    schedule: str  # resident | persistent | stepped
+    BB: int
+    BU: int
+    BK: int
+    NK: int  # 0 where the weights are not held
+    num_warps: int
+    num_stages: int
+
+    @property
+    def hold(self) -> bool:
+        """Whether a program's slice of the weights stays on chip for all steps."""
+        return self.NK > 0
+
+
+# Without a GPU, under the interpreter or to compile for one: an H100.
+H100 = Machine(sms=132, shared=227 << 10)
+
+
+@cache
+def machine(device: torch.device) -> Machine:
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def power_of_two(n: int) -> int:
+    """The least one that is not smaller."""
+    return 1 << (n - 1).bit_length()
+
+
+def choose(
+    gates: int,
+    hidden: int,
+    size: int,
+    batch: int,
+    directions: int,
+    projected: bool,
+    backward: bool,
+    machine: Machine,
+) -> Plan:
+    """The plan of a scan.
+
+    Args:
+        size: bytes of a value as stored.
+        projected: whether the hidden state is projected, which only the stepped schedule can do.
+    """
+    rows = 16 if batch <= 16 else 32
+    if projected:
+        return _stepped(rows, size)
+    units = max(16, power_of_two(hidden))
+    if _columns(gates, backward) * units * units * size <= machine.shared * _RESIDENT:
+        return Plan("resident", 16, units, units, 1, 4 if units <= 32 else 8, 2)
+    tiles = -(-batch // rows) * directions
+    if -(-hidden // _UNITS) * tiles > machine.sms:
+        return _stepped(rows, size)
+    depth = -(-gates * hidden // 4) if backward else hidden  # of a product; the backward's has four parts
+    block = min(256 // size, power_of_two(depth))
+    blocks = power_of_two(-(-depth // block))  # few kernels serve many H
+    held = blocks * block * _UNITS * size * (4 if backward else _columns(gates, backward))
+    if held <= machine.shared * _HELD and size == 2:
+        return Plan("persistent", rows, _UNITS, block, blocks, 8, 2)
+    return _stepped(rows, size)._replace(schedule="persistent")
+
+
+_UNITS = 16
+# How much of the shared memory may be weights; beyond that, and where products of fp32 are unrolled, the
+# compiler spills or overflows (benchmarks/offline).
+_RESIDENT = 0.3
+_HELD = 0.6
+
+
+def _columns(gates: int, backward: bool) -> int:
+    return gates if backward else power_of_two(gates)
+
+
+def _stepped(rows: int, size: int) -> Plan:
+    return Plan("stepped", rows, _UNITS, 128 // size, 0, 4 if size == 2 else 8, 3)

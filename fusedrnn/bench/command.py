@@ -224,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def save(report: Report) -> None:
             if arguments.json:
-                arguments.json.write_text(lines({**head, **report}))
+                part = arguments.json.with_suffix(".part")
+                part.write_text(lines({**head, **report}))
+                part.replace(arguments.json)  # whole at any moment
 
         if arguments.memory:
             save(_memory())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,66 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_events_enclose_the_calls_and_nothing_else(stream: list[str]) -> None:
     assert Cuda().sample(lambda: stream.append("call"), 4) == pytest.approx(3e-3)
     assert stream == ["fill", "call", "call", "call", "call", "wait"]
+
+
+def test_the_filler_can_be_written_in_either_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cuda, "name", "cpu")
+    monkeypatch.setattr(Cuda, "_l2", 8)
+    with torch.inference_mode():
+        filler = Cuda()._filler
+        filler.zero_()
+    assert filler.zero_().nbytes == 16
+
+
+@pytest.fixture
+def capturing(stream: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As `stream`, with captures: what is enqueued in one is not run."""
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            stream.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            stream.append("replay")
+
+    @contextmanager
+    def within(what: str) -> Iterator[None]:
+        stream.append(f"begin {what}")
+        yield
+        stream.append(f"end {what}")
+
+    current = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: stream.append(f"on {s.name}"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: within(s.name))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: within(f"graph on {stream.name}"))
+    return stream
+
+
+def test_a_capture_is_of_one_call_after_some_to_warm_up(capturing: list[str]) -> None:
+    replay = Cuda().capture(lambda: capturing.append("call"))
+    assert capturing == [
+        *("side waits for main", "begin side", "call", "call", "call", "end side"),
+        *("begin graph on side", "call", "end graph on side", "on main", "main waits for side"),
+    ]
+    replay()
+    assert capturing[-1] == "replay"
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(capturing: list[str]) -> None:
+    def call() -> None:
+        if "begin graph on side" in capturing:
+            raise RuntimeError("it waits for the device")
+
+    with pytest.raises(RuntimeError, match="it waits"):
+        Cuda().capture(call)
+    assert capturing[-1] == "on main"
 
 
 def test_inputs_take_turns_where_the_cache_would_keep_one(stream: list[str]) -> None:

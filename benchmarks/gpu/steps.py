@@ -23,17 +23,17 @@ _TESTS = ("test_triton*.py", "test_cuda*.py")
 _TINY_PARITY = ("--cell", "lstm", "--dtype", "fp32")
 # Seconds of each step, and for --quick, which leaves out those without. The benchmark has what is left.
 _SECONDS: dict[str, tuple[float, float | None]] = {
-    "build": (90, 45),
-    "doctor": (15, None),
-    "tests": (90, None),
-    "parity": (90, 15),
-    "memcheck": (45, None),
-    "racecheck": (45, None),
-    "graphs": (35, 12),
-    "sync": (15, 8),
-    "streams": (20, 8),
-    "determinism": (25, 8),
-    "long": (60, None),
+    "build": (60, 45),
+    "doctor": (10, None),
+    "tests": (75, None),
+    "parity": (75, 15),
+    "memcheck": (30, None),
+    "racecheck": (30, None),
+    "graphs": (25, 12),
+    "sync": (10, 8),
+    "streams": (10, 8),
+    "determinism": (15, 8),
+    "long": (30, None),
     BENCHMARK: (0, 0),
 }
 _MARGIN = 0.15  # of the benchmark's time, for the case that it is at and for its report
@@ -49,7 +49,7 @@ def steps(device: str, quick: bool, tests: Path = ROOT / "tests") -> list[Step]:
         "parity": _parity(device, *(_TINY_PARITY if dry or quick else ())),
         "memcheck": _sanitizer(device, "memcheck"),
         "racecheck": _sanitizer(device, "racecheck"),
-        **{name: _check(device, name, dry) for name in CHECKS},
+        **{name: _check(device, name, *(("--tiny",) if dry else ())) for name in CHECKS},
         BENCHMARK: _benchmark(device),
     }
     found = []
@@ -97,9 +97,7 @@ def _sanitizer(device: str, tool: str) -> Command:
     return lambda seconds, result: (path, *options, *run(seconds, result))
 
 
-def _check(device: str, name: str, tiny: bool) -> Command:
-    size = ("--tiny",) if tiny else ()
-
+def _check(device: str, name: str, *size: str) -> Command:
     def command(seconds: float, result: Path) -> Sequence[str]:
         arguments = (name, "--device", device, "--json", str(result), *size)
         return sys.executable, "-m", "benchmarks.gpu.checks", *arguments

@@ -86,7 +86,8 @@ class Cuda:
     @cached_property
     def _filler(self) -> Tensor:
         """Twice the L2 cache: what is written there pushes out all else."""
-        return torch.empty(2 * self._l2, dtype=torch.uint8, device=self.name)
+        with torch.inference_mode(False):  # such a tensor may be written to in either mode
+            return torch.empty(2 * self._l2, dtype=torch.uint8, device=self.name)
 
     def sample(self, call: Call, repeats: int) -> float:
         """Seconds per call between two events on the stream, with an L2 cache that holds nothing of it.
@@ -106,15 +107,18 @@ class Cuda:
         return SETS if size < self._l2 else 1
 
     def capture(self, call: Call) -> Call:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM):
-                call()
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM):
+                    call()
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+        before.wait_stream(stream)
         replay: Call = graph.replay
         return replay
 

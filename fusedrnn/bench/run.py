@@ -20,6 +20,7 @@ def run(group: str, case: Case, gate: Callable[[Case], Parity], seconds: float, 
 
     A case that raises is over budget: those after it still run.
     """
+    device.release()
     backend = "-"
     try:
         prepared = prepare(case, device)
@@ -30,8 +31,6 @@ def run(group: str, case: Case, gate: Callable[[Case], Parity], seconds: float, 
             return _timed(prepared, seconds, device, (group, case, backend, parity.worst))
     except Exception as error:
         return Result(group, case, backend, raised(error).worst)
-    finally:
-        device.release()
 
 
 def _timed(
@@ -44,7 +43,8 @@ def _timed(
         try:
             replays[side + _GRAPH] = in_turn([device.capture(call) for _ in range(prepared.turns)])
         except Exception as error:
-            no_graph[side] = f"{type(error).__name__}: {error}".splitlines()[0]
+            first = error.__context__ or error  # ending a capture that failed raises once more
+            no_graph[side] = f"{type(first).__name__}: {first}".splitlines()[0]
     times, rounds = interleave({**calls, **replays}, seconds, sample=device.sample)
     graph = {name.removesuffix(_GRAPH): times.pop(name) for name in replays}
     return Result(*what, times, rounds, graph, no_graph)

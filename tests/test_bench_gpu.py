@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 import fusedrnn
 from fusedrnn.__main__ import main
+from fusedrnn.backends import select
 from fusedrnn.bench import ceilings, command, goals, gpu
 from fusedrnn.bench.cases import HEADS, Case
 from fusedrnn.bench.device import Call, Cpu, in_turn
@@ -26,7 +26,8 @@ from fusedrnn.bench.timing import FEWEST, Times
 from fusedrnn.budget import Row
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-SMALL = ["--grid", "gpu", "--cell", "gru", "--hidden", "64", "--batch", "1", "--time", "2", "--seconds", "0"]
+SIZES = ["--hidden", "64", "--batch", "1", "--time", "2", "--seconds", "0"]
+SMALL = ["--grid", "gpu", "--cell", "gru", *SIZES, "--backend", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_a_device_with_graphs_adds_replays(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "out.json"
-    arguments = [*SMALL, "--mode", "inference", "--dtype", "fp32", "--backend", "reference"]
+    arguments = [*SMALL, "--mode", "inference", "--dtype", "fp32"]
     assert main(["bench", *arguments, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     (record,) = report["results"]
@@ -97,7 +98,7 @@ def test_a_device_with_graphs_adds_replays(
 def test_what_cannot_be_captured_is_timed_all_the_same(fake: Fake, tmp_path: Path) -> None:
     fake.failing = (4,)  # the first of the fused side
     file = tmp_path / "out.json"
-    arguments = [*SMALL, "--mode", "inference", "--dtype", "fp32", "--backend", "reference"]
+    arguments = [*SMALL, "--mode", "inference", "--dtype", "fp32"]
     assert main(["bench", *arguments, "--json", str(file)]) == 0
     (record,) = json.loads(file.read_text())["results"]
     assert record["no_graph"] == {"fused": "RuntimeError: it waits for the device"}
@@ -118,8 +119,7 @@ def test_a_case_that_raises_is_red_and_the_next_one_runs(
 
     monkeypatch.setattr(Prepared, "calls", broken)
     file = tmp_path / "out.json"
-    arguments = [*SMALL, "--dtype", "fp32", "--backend", "reference", "--json", str(file)]
-    assert main(["bench", *arguments]) == 1
+    assert main(["bench", *SMALL, "--dtype", "fp32", "--json", str(file)]) == 1
     red, green = json.loads(file.read_text())["results"]
     assert (red["mode"], red["seconds"]) == ("inference", {})
     assert red["parity"]["note"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
@@ -135,8 +135,7 @@ def test_a_deadline_leaves_the_rest_out(
     now = iter([0.0, 1.0, 9.0])
     monkeypatch.setattr(command, "perf_counter", lambda: next(now))
     file = tmp_path / "out.json"
-    arguments = [*SMALL, "--backend", "reference", "--deadline", "5", "--json", str(file)]
-    assert main(["bench", *arguments]) == 0
+    assert main(["bench", *SMALL, "--deadline", "5", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert [result["dtype"] for result in report["results"]] == ["bf16"]
     assert len(report["left_out"]) == 5
@@ -153,7 +152,7 @@ def test_every_case_is_saved_as_soon_as_it_is_timed(monkeypatch: pytest.MonkeyPa
         return run(*arguments)
 
     monkeypatch.setattr(command, "run", spy)
-    assert main(["bench", *SMALL, "--dtype", "fp32", "--backend", "reference", "--json", str(file)]) == 0
+    assert main(["bench", *SMALL, "--dtype", "fp32", "--json", str(file)]) == 0
     assert found == [0, 1]
 
 
@@ -337,7 +336,6 @@ def test_ceilings_are_measured_on_random_data(stream: list[str], monkeypatch: py
     assert set(found.flops) == {"bf16", "fp16", "fp32", "fp64", "tf32"}
     assert all(rate > 0 for rate in (*found.flops.values(), found.copy))
     assert found.fp32 == ("tf32" if torch.backends.cudnn.allow_tf32 else "fp32")
-    assert set(asdict(found)) == {"flops", "copy", "fp32"}
 
 
 def test_the_description_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,16 +387,14 @@ def test_heads_are_independent_layers() -> None:
     assert isinstance(prepared.fused, Heads)
     layers = prepared.fused.layers
     assert len(layers) == HEADS
-    assert all(isinstance(layer, fusedrnn.LSTM) for layer in layers)
     assert not any(isinstance(layer, fusedrnn.LSTM) for layer in prepared.stock.layers)
     input, output = prepared.inputs[0], prepared.fused(*prepared.inputs)[0]
     expected, _ = layers[5](input[..., 20:24])
     torch.testing.assert_close(output[..., 20:24], expected)
     assert prepared.parity().ok
-    assert prepared.backend() == prepared.backend()
+    assert prepared.backend() in select.NAMES
     assert case.work().flops == HEADS * Case("lstm", 4, 2, 3, "training", "dense").work().flops
 
 
 def test_deep_is_four_bidirectional_layers() -> None:
-    module = Prepared.of(Case("lstm", 4, 2, 3, "inference", "deep")).fused
-    assert (module.num_layers, module.bidirectional) == (4, True)
+    assert Case("lstm", 4, 2, 3, "inference", "deep").options() == {"num_layers": 4, "bidirectional": True}

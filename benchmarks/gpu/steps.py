@@ -13,11 +13,17 @@ from .checks import CHECKS
 from .driver import ROOT, SKIPPED, Step
 from .summary import BENCHMARK
 
+# What tests without a GPU set would run here too.
+_COMPILED = {"TRITON_INTERPRET": "0"}
 # cuBLAS gives the same bits from run to run with a workspace of fixed size.
-_REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_REPEATABLE = {**_COMPILED, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 # Each tensor in an allocation of its own: the sanitizer sees where it ends.
 _SANITIZED = {**_REPEATABLE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-_ENVIRONMENT: dict[str, dict[str, str]] = {"memcheck": _SANITIZED, "racecheck": _SANITIZED, BENCHMARK: {}}
+_ENVIRONMENT = {
+    "memcheck": _SANITIZED,
+    "racecheck": _SANITIZED,
+    BENCHMARK: _COMPILED,
+}
 # Those that run on the hardware where there is a GPU, elsewhere in an interpreter.
 _TESTS = ("test_triton*.py", "test_cuda*.py")
 _TINY_PARITY = ("--cell", "lstm", "--dtype", "fp32")

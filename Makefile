@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | types | build | clean
+# make demo | test | bench | gpu | lint | types | build | clean
 # Each target sets up what it needs in $(VENV), the first time and when its inputs change.
 # Nothing outside $(VENV) is touched; another torch of the machine stays as it is.
 
@@ -8,6 +8,8 @@ TORCH_VERSION ?= 2.13.0
 # Where to take torch from: empty for pip's usual index. PyTorch's index of CPU builds saves a
 # large download on a Linux machine without a GPU.
 TORCH_INDEX ?=
+# What runs `make gpu`: it has torch for the GPU already, and nothing is installed into it.
+GPU_PYTHON ?= python3
 # Test processes.
 WORKERS ?= 2
 ARGS ?=
@@ -22,7 +24,7 @@ SOURCES := $(shell find csrc -type f)
 # Requirements as pyproject.toml has them, one a line.
 listed = $(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*$(1), sep='\n')"
 
-.PHONY: demo test bench lint types build clean
+.PHONY: demo test bench gpu lint types build clean
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
 
@@ -36,6 +38,10 @@ test: $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(PY) -m fusedrnn bench $(ARGS)
+
+# Without $(VENV) and without network.
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

@@ -127,7 +127,9 @@ class Build(build_ext):
             with open(source, "w") as file:
                 file.write("#include <omp.h>\n#include <string>\n")
                 file.write("int probe() { if constexpr (true) return omp_get_max_threads(); }\n")
-            command = [*self.compiler.compiler_so_cxx, "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+            # an older setuptools has one command for C and C++
+            compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+            command = [*compiler, "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
             command += [source, "-o", os.path.join(folder, "probe.so")]
             try:
                 return subprocess.run(command, capture_output=True).returncode == 0

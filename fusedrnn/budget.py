@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,11 @@ class Row:
     def ok(self) -> bool:
         return self.ours <= self.budget
 
+    @property
+    def used(self) -> float:
+        """The part of the budget that ``ours`` takes: 1 is all of it."""
+        return self.ours / self.budget if self.budget else math.inf
+
     def __str__(self) -> str:
         if self.note:
             return f"{self.name}: {self.note}"
@@ -69,6 +75,7 @@ def compare(name: str, ours: Tensor | None, theirs: Tensor | Sequence[Tensor], e
             counts; :func:`check` says where more than one comes from.
         exact: the same in fp64.
 
+    They may lie on different devices; the comparison is made where ``exact`` lies.
     Where ``exact`` is NaN or infinite once stored in the dtype of ``ours``, ``ours`` must be so too.
     """
     runs = [theirs] if isinstance(theirs, Tensor) else list(theirs)
@@ -80,12 +87,13 @@ def compare(name: str, ours: Tensor | None, theirs: Tensor | Sequence[Tensor], e
         return Row(name, math.inf, 0.0, 0.0, note=f"dtype {ours.dtype}, expected {runs[0].dtype}")
 
     exact = exact.detach().double()
-    stored, got = exact.to(ours.dtype).double(), ours.detach().double()
+    stored, got = exact.to(ours.dtype).double(), ours.detach().to(exact)
     finite = stored.isfinite()
     same = (got == stored) | (got.isnan() & stored.isnan())
     error = torch.where(finite, (got - exact).abs(), torch.where(same, 0.0, math.inf))
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
-    own = [(run.detach().double() - exact)[finite & run.isfinite()].abs() for run in runs]
+    theirs = [run.detach().to(exact) for run in runs]
+    own = [(run - exact)[finite & run.isfinite()].abs() for run in theirs]
     own_error = max(_largest(e) for e in own)
     budget = 2 * (own_error + rounding(exact[finite], ours.dtype))
     if not error.numel():
@@ -121,7 +129,7 @@ class Parity:
     @property
     def worst(self) -> Row:
         """The row that uses most of its budget."""
-        return max(self.rows, key=lambda row: row.ours / row.budget if row.budget else math.inf)
+        return max(self.rows, key=lambda row: row.used)
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
@@ -132,6 +140,13 @@ class Parity:
                 f"{row.name:{width}}  {row.ours:9.2e}  {row.theirs:9.2e}  {row.budget:9.2e}  {verdict}"
             )
         return "\n".join(lines)
+
+
+def raised(error: Exception) -> Parity:
+    """What stands for a comparison that raised, so that the others still run; prints the traceback."""
+    traceback.print_exception(error)
+    first, *_ = str(error).splitlines() or [""]
+    return Parity((Row("run", math.inf, 0.0, 0.0, note=f"{type(error).__name__}: {first}"),))
 
 
 class Rounded(TorchDispatchMode):

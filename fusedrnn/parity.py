@@ -1,8 +1,9 @@
-"""`python -m fusedrnn parity`: every cell, dtype and instruction set against torch.nn."""
+"""`python -m fusedrnn parity`: every cell, dtype, backend and instruction set against torch.nn."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from . import modules, terminal
 from .backends import select
+from .budget import raised
 from .cells import CELLS
 from .doctor import instruction_sets, kernels
 from .testing import Parity, draw_inputs, parity
@@ -31,7 +33,7 @@ class Case:
     dtype: str
     layout: str
 
-    def run(self) -> Parity:
+    def run(self, device: str = "cpu") -> Parity:
         bidirectional = self.layout == "bidirectional"
         module = make_module(
             self.cell,
@@ -41,7 +43,7 @@ class Case:
             bidirectional=bidirectional,
             proj_size=PROJ if self.layout == "projection" else 0,
             dtype=DTYPES[self.dtype],
-        )
+        ).to(device)
         lengths = LENGTHS if self.layout == "ragged" else None
         inputs = draw_inputs(module, time=TIME, batch=BATCH, lengths=lengths)
         # a half-precision second order is below its own rounding
@@ -72,6 +74,37 @@ def layouts(cell: str) -> list[str]:
     return ["dense", "ragged", "bidirectional"] + ["projection"] * CELLS[cell].projectable
 
 
+def no_gpu() -> str | None:
+    """Why torch cannot use a CUDA GPU here; None if it can."""
+    if torch.cuda.is_available():
+        return None
+    built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU or no driver"
+    return f"--device cuda: torch {torch.__version__} {built}"
+
+
+@contextmanager
+def tf32(wanted: str | None) -> Iterator[None]:
+    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: on, off, or None for torch's own settings."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    if wanted is not None:
+        matmul.allow_tf32 = cudnn.allow_tf32 = wanted == "on"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `parity` and `bench` have in common."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--tf32",
+        choices=("on", "off"),
+        help="TF32 in fp32 products on a GPU, of both sides (default: torch's own settings)",
+    )
+
+
 @contextmanager
 def _at(level: str) -> Iterator[None]:
     """The native kernels at one instruction set; an empty name leaves them as they are."""
@@ -93,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Outputs and every gradient of every cell against torch.nn, under the error budget of "
         "fusedrnn.testing: error <= 2 x (torch's own error + one rounding), against fp64.",
     )
+    add_device_arguments(parser)
     parser.add_argument("--backend", choices=BACKENDS, help="default: every backend that is here")
     parser.add_argument("--cell", choices=CELLS, help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="default: all")
@@ -103,52 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the native kernels; default: all of this cpu",
     )
     arguments = parser.parse_args(argv)
-
-    runs: list[tuple[str, str]] = []
-    for name in [arguments.backend] if arguments.backend else BACKENDS:
-        reason = select.get(name).unavailable()
-        if reason is None and name == "native" and arguments.isa not in ("all", *instruction_sets()):
-            reason = f"this cpu cannot run {arguments.isa}"
-        if reason is not None:
-            print(f"{name}: not compared: {reason}")
-        elif name == "native":
-            runs += [(name, level) for level in instruction_sets() if arguments.isa in ("all", level)]
-        else:
-            runs.append((name, ""))
-    cases = [
-        Case(cell, dtype, layout)
-        for cell in ([arguments.cell] if arguments.cell else CELLS)
-        for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)
-        for layout in layouts(cell)
-    ]
-    if not runs:
+    if arguments.device == "cuda" and (why_not := no_gpu()):
+        parser.error(why_not)
+    work = list(_work(arguments))
+    if not work:
         return 2
-
     rows, red = [], []
-    with terminal.progress(len(runs) * len(cases)) as step:
-        for backend, level in runs:
+    with terminal.progress(len(work)) as step, tf32(arguments.tf32):
+        for backend, level, case in work:
+            where = f"{backend} {level}".rstrip()
+            label = f"{where} {case.cell} {case.dtype} {case.layout}"
+            step(label)
             with _at(level), select.use_backend(backend):
-                for case in cases:
-                    where = f"{backend} {level}".rstrip()
-                    label = f"{where} {case.cell} {case.dtype} {case.layout}"
-                    step(label)
-                    result = case.run()
-                    worst = result.worst
-                    used = f"{worst.ours / worst.budget:6.0%}"
-                    verdict = "ok" if result.ok else "RED"
-                    rows.append(
-                        (
-                            where,
-                            case.cell,
-                            case.dtype,
-                            case.layout,
-                            str(len(result.rows)),
-                            used,
-                            worst.name,
-                            verdict,
-                        )
-                    )
-                    red += [f"{label}: {row}" for row in result.failures]
+                try:
+                    result = case.run(arguments.device)
+                except Exception as error:
+                    result = raised(error)
+            worst, verdict = result.worst, "ok" if result.ok else "RED"
+            count, used = str(len(result.rows)), f"{worst.used:6.0%}"
+            rows.append((where, case.cell, case.dtype, case.layout, count, used, worst.name, verdict))
+            red += [f"{label}: {row}" for row in result.failures]
     terminal.table(
         ("backend", "cell", "dtype", "layout", "tensors", "of budget", "worst tensor", "verdict"), rows
     )
@@ -156,3 +164,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"RED {line}")
     print(f"\n{len(rows)} comparisons, {sum(row[-1] == 'RED' for row in rows)} red")
     return 1 if red else 0
+
+
+def _work(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Case]]:
+    """What to compare: backend, instruction set of the native kernels on a CPU, and case.
+
+    Prints why a backend is left out, or some of its cases are.
+    """
+    cases = [
+        Case(cell, dtype, layout)
+        for cell in ([arguments.cell] if arguments.cell else CELLS)
+        for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)
+        for layout in layouts(cell)
+    ]
+    for name in [arguments.backend] if arguments.backend else BACKENDS:
+        levels = [""]
+        if name == "native" and arguments.device == "cpu":
+            levels = [level for level in instruction_sets() if arguments.isa in ("all", level)]
+        runs, refused = [], []
+        for case in cases:
+            reason = select.against(name, select.Request(case.cell, DTYPES[case.dtype], arguments.device))
+            if reason is None and not levels:
+                reason = f"this cpu cannot run {arguments.isa}"
+            if reason is None:
+                runs.append(case)
+            else:
+                refused.append(reason)
+        for reason, times in Counter(refused).items():
+            some = "" if times == len(cases) else f"{times} of {len(cases)} cases "
+            print(f"{name}: {some}not compared: {reason}")
+        yield from ((name, level, case) for level in levels for case in runs)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_map
 
 from .backends.select import use_backend
 from .budget import Parity, Row, check, compare, rounding
@@ -85,11 +86,13 @@ def draw_inputs(
         batch: B.
         lengths: one per sequence, in any order: the input is then a PackedSequence.
     """
-    make = torch.Generator().manual_seed(seed)
     like = next(module.parameters())
+    # a benchmark's input takes seconds to draw on the CPU
+    where = like.device if like.is_cuda else torch.device("cpu")
+    make = torch.Generator(where).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make, dtype=torch.float64).to(like)
+        return torch.randn(*shape, generator=make, dtype=torch.float64, device=where).to(like)
 
     if isinstance(module, nn.RNNCellBase):
         h = draw(batch, module.hidden_size)
@@ -127,10 +130,12 @@ def parity(
     Args:
         module: the module under test, on the backend in force.
         reference: PyTorch's own path, with the same parameter names and values, in the dtype of
-            ``module``; by default ``stock(module)``. The oracle is its deep copy in fp64.
+            ``module``; by default ``stock(module)``. The oracle is its deep copy in fp64, on the CPU:
+            cuDNN's layer is a single operation, which :class:`fusedrnn.budget.Rounded` cannot look into.
         inputs: the positional arguments as a tuple, or the only one; by default :func:`draw_inputs`.
         gradients: compare gradients.
-        second_order: compare also the gradient of the norm of all those gradients.
+        second_order: compare also the gradient of the norm of all those gradients; cuDNN has none, so
+            torch's own run is then without it.
         seed: of the inputs that are drawn, of the output gradients, and of each run (dropout).
 
     Raises:
@@ -142,15 +147,15 @@ def parity(
         inputs = (inputs,)
     named = inspect.signature(reference.forward).bind(*inputs).arguments
 
-    exact, widened = copy.deepcopy(reference).double(), _map(named, Tensor.double)
+    exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), Tensor.double)
 
     def own(which: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
         # also under enable(), which sends stock modules to the kernels
-        with use_backend("torch"), warnings.catch_warnings():
+        with use_backend("torch"), warnings.catch_warnings(), _cudnn(not second_order):
             warnings.simplefilter("ignore")  # of torch about its own path, such as lacking oneDNN
             return _run(which, arguments, gradients, second_order, seed)
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices={p.device for p in module.parameters() if p.is_cuda}):
         with poison():
             ours = _run(module, named, gradients, second_order, seed)
         return check(ours, own(reference, named), lambda: own(exact, widened))
@@ -218,6 +223,22 @@ def _named(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, (tuple, list)):
         for i, value in enumerate(tree):
             yield from _named(value, f"{name}[{i}]")
+
+
+@contextmanager
+def _cudnn(allowed: bool) -> Iterator[None]:
+    """Torch's own path with cuDNN where it would use it, or without."""
+    settings: Any = torch.backends.cudnn
+    before = settings.enabled
+    settings.enabled = before and allowed
+    try:
+        yield
+    finally:
+        settings.enabled = before
+
+
+def _on_cpu(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, (Tensor, PackedSequence)) else leaf, tree)
 
 
 def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -13,6 +13,7 @@ from ..cells import CELLS
 
 MODES = ("inference", "training")
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # bytes of a value
+HEADS = 12  # of the layout of that name
 _GATE_STEPS, _GATE_WORK = 16, 5e8
 
 
@@ -44,6 +45,7 @@ class Case:
         mode: inference (``torch.inference_mode``), or training: forward, and the gradients of the
             input and of every weight.
         layout: dense; ragged (a PackedSequence); bidirectional; projection (P = H / 2); stacked (3 layers);
+            deep (4 bidirectional layers); heads (HEADS independent layers, each with sizes I and H);
             step (one step of a stream, state kept: ``fusedrnn.streaming`` against torch.nn called with hx).
         dtype: a key of fusedrnn.parity.DTYPES; of a step what its weights are stored in: fp32, bf16 or int8.
         inputs: I; as many as hidden units if None.
@@ -86,6 +88,7 @@ class Case:
             "bidirectional": {"bidirectional": True},
             "projection": {"proj_size": self.hidden // 2},
             "stacked": {"num_layers": 3},
+            "deep": {"num_layers": 4, "bidirectional": True},
         }
         return layouts.get(self.layout, {})
 
@@ -95,6 +98,8 @@ class Case:
         return replace(self, time=min(self.time, max(2, min(_GATE_STEPS, int(_GATE_WORK / per_step)))))
 
     def work(self) -> Work:
+        if self.layout == "heads":
+            return Work(*(HEADS * value for value in replace(self, layout="dense").work()))
         options = self.options()
         layers, directions = int(options.get("num_layers", 1)), 2 if "bidirectional" in options else 1
         projected = "proj_size" in options

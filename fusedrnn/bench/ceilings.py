@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol, Self
 
 import torch
 
@@ -19,6 +20,26 @@ _GUESS = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}  # where the system doe
 _READ = 512  # bytes: kReadBytes of csrc/cpu/scan.h
 _SAMPLE = 64 << 20  # bytes that one call reads at least
 _SECONDS, _FEWEST = 0.2, 10  # of a measurement, and calls in it
+
+
+class Limits(Protocol):
+    """What a case can be held against: the least time that it could take on a machine."""
+
+    def level(self, case: Case) -> str:
+        """The memory that ``read_seconds`` is about."""
+
+    def moved(self, case: Case) -> float:
+        """Bytes that it has to deliver."""
+
+    def gemm_seconds(self, case: Case) -> float: ...
+
+    def read_seconds(self, case: Case) -> float: ...
+
+    def seconds(self, case: Case) -> float:
+        """No run of the case is faster."""
+
+    def best(self, other: Self) -> Self:
+        """The higher of each rate."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,9 @@ class Ceilings:
         fits = (name for name, size in _sizes(self.cache, self.threads).items() if resident <= size)
         return next(fits, "DRAM")
 
+    def moved(self, case: Case) -> float:
+        return case.work().streamed
+
     def gemm_seconds(self, case: Case) -> float:
         rate = self.flops["fp64" if case.dtype == "fp64" else "fp32"]
         if case.dtype in ("bf16", "fp16"):
@@ -64,7 +88,7 @@ class Ceilings:
         """Zero where bandwidth was not measured."""
         if not self.bandwidth:
             return 0.0
-        return case.work().streamed / self.bandwidth[self.threads][self.level(case)]
+        return self.moved(case) / self.bandwidth[self.threads][self.level(case)]
 
     def seconds(self, case: Case) -> float:
         """No run of the case is faster."""

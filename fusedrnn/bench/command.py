@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from .. import terminal
 from ..backends import select
 from ..cells import CELLS
-from ..parity import DTYPES
-from ..testing import Parity
-from . import ceilings, goals, loaded, memory
+from ..parity import DTYPES, add_device_arguments, no_gpu, tf32
+from . import goals, loaded, memory
 from .cases import MODES, Case, grid
-from .groups import full, one_step
+from .ceilings import Limits
+from .device import Device
+from .goals import GOALS, GPU_GOALS
+from .gpu import DEVICES
+from .groups import TIME, full, gpu, one_step
 from .prepared import prepare
-from .report import COLUMNS, Result, environment, markdown
-from .timing import interleave
+from .report import COLUMNS, GRAPH_COLUMNS, Result, environment, lines, markdown
+from .run import run
 
 Report = dict[str, Any]
 _SECONDS, _SECONDS_FULL = 0.5, 0.15
@@ -36,15 +40,14 @@ _LAYOUTS = {
 }
 
 
-def run(group: str, case: Case, gate: Callable[[Case], Parity], seconds: float) -> Result:
-    """Check a case against the error budget, and time it if it is within."""
-    prepared = prepare(case)
-    backend, parity = prepared.backend(), gate(case.gate())
-    if not parity.ok:
-        return Result(group, case, backend, parity.failures[0])
-    with case.grad_mode():
-        times, rounds = interleave(prepared.calls(), seconds)
-    return Result(group, case, backend, parity.worst, times, rounds)
+def _plan(arguments: argparse.Namespace) -> list[tuple[str, Case]]:
+    """The cases, each with its group."""
+    if not arguments.grid:
+        return [(group, case) for group, cases in _groups(arguments).items() for case in cases]
+    wanted = [(group, case) for group, case in gpu() if _wanted(case, arguments)]
+    if arguments.time is not None:
+        wanted = [(group, replace(case, time=arguments.time)) for group, case in wanted]
+    return wanted
 
 
 def _groups(arguments: argparse.Namespace) -> dict[str, list[Case]]:
@@ -60,12 +63,13 @@ def _groups(arguments: argparse.Namespace) -> dict[str, list[Case]]:
 
 
 def _wanted(case: Case, arguments: argparse.Namespace) -> bool:
-    """Whether a case of --full or --one-step is one of those that arguments name."""
+    """Whether a case of --full, --one-step or --grid is one of those that arguments name."""
     named = (
         (case.cell, arguments.cell),
         (case.hidden, arguments.hidden),
         (case.batch, arguments.batch),
         (case.mode, _modes(arguments)),
+        (case.dtype, arguments.dtype and (arguments.dtype,)),
     )
     return all(not wanted or value in wanted for value, wanted in named)
 
@@ -80,7 +84,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     cells = arguments.cell or ("lstm", "gru", "rnn_tanh")
     hidden = arguments.hidden or ((64, 256) if arguments.quick else (64, 128, 256, 512))
     batch = arguments.batch or ((1, 8) if arguments.quick else (1, 8, 32))
-    time, dtype = arguments.time, arguments.dtype
+    time, dtype = arguments.time or TIME, arguments.dtype or "fp32"
     layouts = [layout for layout in _LAYOUTS if getattr(arguments, layout)]
     if "projection" in layouts:
         cells = [cell for cell in cells if CELLS[cell].projectable]
@@ -93,36 +97,29 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def _lines(report: dict[str, Any]) -> str:
-    """JSON with a line for each result, which is what changes from one run to the next."""
-    fields = []
-    for key, value in report.items():
-        if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        else:
-            text = json.dumps(value)
-        fields.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(fields) + "\n}\n"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedrnn bench",
         description="torch.nn against fusedrnn on the same weights and input, in turns. A case that is not "
         "within the error budget is not timed. Without options: the table of the README.",
     )
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    add_device_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="a smaller grid")
     what.add_argument("--full", action="store_true", help="every group and its goals, in about ten minutes")
     what.add_argument("--one-step", action="store_true", help="one step of a stream, and its goals")
+    what.add_argument(
+        "--grid",
+        choices=("gpu",),
+        help="of a GPU against cuDNN, and its goals; what matters most comes first",
+    )
     what.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
     what.add_argument("--loaded", action="store_true", help="slowdown beside a busy process per core")
     parser.add_argument("--cell", nargs="+", choices=CELLS, help="default: lstm gru rnn_tanh")
     parser.add_argument("--hidden", nargs="+", type=int, metavar="H", help="default: 64 128 256 512")
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="default: 1 8 32")
-    parser.add_argument("--time", type=int, default=128, metavar="T", help="default: 128")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
+    parser.add_argument("--time", type=int, metavar="T", help=f"default: {TIME}")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     for layout, help in _LAYOUTS.items():
         parser.add_argument(f"--{layout}", action="store_true", help=help)
@@ -130,36 +127,60 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, help=f"per case, at least (default: {_SECONDS}; --full: {_SECONDS_FULL})"
     )
+    parser.add_argument(
+        "--deadline", type=float, default=math.inf, metavar="SECONDS", help="begin no case after that"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--markdown", action="store_true", help="print the table for the README")
     return parser
 
 
-def _grid(arguments: argparse.Namespace, seconds: float) -> tuple[Report, bool]:
-    """Time the cases and print them; the report, and whether all are within the error budget."""
-    groups = _groups(arguments)
+def _grid(
+    arguments: argparse.Namespace, seconds: float, device: Device, save: Callable[[Report], None]
+) -> bool:
+    """Time the cases and print them; whether all are within the error budget.
+
+    What is known is saved after every case: one that hangs loses no other.
+    """
+    end = perf_counter() + arguments.deadline
+    plan = _plan(arguments)
     # equal cases of different lengths run the same kernels
-    gate = cache(lambda case: prepare(case).parity())
-    results = []
-    with terminal.progress(sum(map(len, groups.values()))) as step:
-        found = ceilings.measure()
-        for group, cases in groups.items():
-            for case in cases:
-                step(case.label)
-                results.append(run(group, case, gate, seconds))
-        found = found.best(ceilings.measure())
-    terminal.table(COLUMNS, [result.cells(found) for result in results])
+    gate = cache(lambda case: prepare(case, device).parity())
+    results: list[Result] = []
+    with terminal.progress(len(plan)) as step:
+        found = device.ceilings()
+        for group, case in plan:
+            if perf_counter() > end:
+                break
+            step(case.label)
+            results.append(run(group, case, gate, seconds, device))
+            save(_report(results, found))
+        found = found.best(device.ceilings())
+    left_out = [case.label for _, case in plan[len(results) :]]
+    columns: Sequence[str] = COLUMNS
+    rows: list[tuple[str, ...]] = [result.cells(found) for result in results]
+    if device.graphs:
+        columns = (*COLUMNS, *GRAPH_COLUMNS)
+        rows = [row + result.graph_cells(found) for row, result in zip(rows, results)]
+    terminal.table(columns, rows)
+    if left_out:
+        print(f"\nleft out, as time ran out: {len(left_out)} of {len(plan)} cases, from {left_out[0]} on")
     print(f"\n{found}\n")
     terminal.table(goals.GROUP_COLUMNS, goals.groups(results))
-    report: Report = {"ceilings": asdict(found), "results": [result.record(found) for result in results]}
-    if arguments.full or arguments.one_step:
-        verdicts = goals.verdicts(results, found)
+    report = {**_report(results, found), "left_out": left_out}
+    if arguments.full or arguments.one_step or arguments.grid:
+        verdicts = goals.verdicts(results, found, GPU_GOALS if arguments.grid else GOALS)
         terminal.heading("Goals")
         terminal.table(goals.GOAL_COLUMNS, [verdict.cells() for verdict in verdicts])
         report["goals"] = [verdict.record() for verdict in verdicts]
     if arguments.markdown:
         print(f"\n{markdown(results)}")
-    return report, all(result.times for result in results)
+    save(report)
+    return all(result.times for result in results)
+
+
+def _report(results: Sequence[Result], found: Limits) -> Report:
+    return {"ceilings": asdict(found), "results": [result.record(found) for result in results]}  # type: ignore[call-overload]
 
 
 def _memory() -> Report:
@@ -182,25 +203,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.memory and (why_not := memory.missing()):
         parser.error(why_not)
+    if arguments.device == "cuda":
+        _check_gpu(parser, arguments)
     seconds = arguments.seconds
     if seconds is None:
-        seconds = _SECONDS_FULL if arguments.full else _SECONDS
+        seconds = _SECONDS_FULL if arguments.full or arguments.grid else _SECONDS
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load > cores / 2:
         print(
             f"this machine is busy (load {load:.1f}, {cores} cores): do not trust these times",
             file=sys.stderr,
         )
+    device = DEVICES[arguments.device]()
     within = True
-    with select.use_backend(arguments.backend) if arguments.backend else nullcontext():
+    with select.use_backend(arguments.backend) if arguments.backend else nullcontext(), tf32(arguments.tf32):
+        head = {
+            **environment(shlex.join(["python", "-m", "fusedrnn", "bench", *(argv or [])]), device),
+            "load": load,
+        }
+
+        def save(report: Report) -> None:
+            if arguments.json:
+                part = arguments.json.with_suffix(".part")
+                part.write_text(lines({**head, **report}))
+                part.replace(arguments.json)  # whole at any moment
+
         if arguments.memory:
-            report = _memory()
+            save(_memory())
         elif arguments.loaded:
-            report = _loaded(seconds)
+            save(_loaded(seconds))
         else:
-            report, within = _grid(arguments, seconds)
-    if arguments.json:
-        command = shlex.join(["python", "-m", "fusedrnn", "bench", *(argv or [])])
-        report = {**environment(command), "load": load, **report}
-        arguments.json.write_text(_lines(report))
+            within = _grid(arguments, seconds, device, save)
     return 0 if within else 1
+
+
+def _check_gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Leave with an error where there is no GPU, or what is asked for is about CPUs."""
+    for name in ("full", "one_step", "memory", "loaded"):
+        if getattr(arguments, name):
+            parser.error(f"--{name.replace('_', '-')}: measures the CPU, not with --device cuda")
+    if why_not := no_gpu():
+        parser.error(why_not)

@@ -1,4 +1,4 @@
-"""The grids of `--full` and `--one-step`, group by group."""
+"""The grids of `--full`, `--one-step` and `--grid gpu`, group by group."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ def full() -> dict[str, list[Case]]:
         groups[layout] = list(grid(("lstm",), (64, 128, 256, 512), (1, 8, 32), TIME, MODES, (layout,)))
     halves = grid(CELLS, (128, 256, 512, 1024), (1, 4, 16, 64), TIME, ("inference",), ("dense",), "bf16")
     return {**groups, "bf16": list(halves), **one_step(), "odd shapes": _odd()}
+
+
+# Of the grid against cuDNN: the values of each axis, what matters most first.
+_DTYPES, _HIDDEN, _BATCH = ("bf16", "fp32", "fp16"), (512, 256, 1024, 128, 64, 2048), (32, 8, 1, 128)
+
+
+def gpu() -> list[tuple[str, Case]]:
+    """The grid against cuDNN, each case with its group; what matters most comes first: time may run out."""
+    named = [
+        *grid(("lstm",), (64, 512, 768), (16,), 1024, MODES[:1], ("dense",), "bf16"),
+        Case("lstm", 768, 16, 1024, "training", "dense", "bf16"),
+        Case("lstm", 64, 16, 1024, "training", "heads", "bf16"),
+        *grid(("lstm",), (512,), (32,), 512, MODES, ("ragged",), "bf16"),
+        *grid(("lstm",), (256,), (8,), 512, MODES, ("deep",), "bf16"),
+    ]
+    cases = [
+        Case(cell, hidden, batch, 512, mode, "dense", dtype)
+        for cell, dtype, hidden, batch, mode in product(CELLS, _DTYPES, _HIDDEN, _BATCH, MODES)
+    ]
+    return [*(("named", case) for case in named), *((case.cell, case) for case in sorted(cases, key=_rank))]
+
+
+def _rank(case: Case) -> int:
+    """How far its values are from the head of their axes."""
+    places = (CELLS.index(case.cell), _DTYPES.index(case.dtype), MODES.index(case.mode))
+    return sum(places) + _HIDDEN.index(case.hidden) + _BATCH.index(case.batch)
 
 
 def _odd() -> list[Case]:

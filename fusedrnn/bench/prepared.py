@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,45 +14,100 @@ from torch.nn.utils.rnn import PackedSequence
 from ..explain import explain
 from ..parity import DTYPES, make_module
 from ..testing import Parity, draw_inputs, parity, stock
-from .cases import Case
+from .cases import HEADS, Case
+from .device import Call, Cpu, Device, in_turn
 from .step import PreparedStep
 
-Call = Callable[[], Any]
+
+class Heads(nn.Module):
+    """Independent layers side by side: each reads and writes a slice of the features."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, input: Tensor) -> tuple[Tensor]:
+        """``[T, B, HEADS * I]`` to ``[T, B, HEADS * H]``."""
+        parts = input.chunk(len(self.layers), -1)
+        return (torch.cat([layer(part)[0] for layer, part in zip(self.layers, parts)], -1),)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case with a stock module and a fused one with the same weights, and their input."""
+    """A case with a stock module and a fused one with the same weights, and their inputs.
+
+    Attributes:
+        inputs: what a call takes.
+        others: more of them where calls take inputs in turn (Device.sets).
+    """
 
     case: Case
     stock: nn.Module
     fused: nn.Module
     inputs: tuple[Any, ...]
+    others: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
-    def of(cls, case: Case) -> Prepared:
-        fused = make_module(
-            case.cell, case.input_size, case.hidden, dtype=DTYPES[case.dtype], **case.options()
-        )
-        inputs = draw_inputs(fused, time=case.time, batch=case.batch, lengths=case.lengths())
-        return cls(case, stock(fused), fused, inputs)
+    def of(cls, case: Case, device: Device | None = None) -> Prepared:
+        """On the CPU if ``device`` is None."""
+        device = device or Cpu()
+        layers = [_layer(case, device) for _ in range(HEADS if case.layout == "heads" else 1)]
+        theirs = [stock(layer) for layer in layers]
+        for layer in theirs:
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()  # cuDNN wants it, and copying undoes it
+        fused, twin = (Heads(ls) if case.layout == "heads" else ls[0] for ls in (layers, theirs))
+        inputs = _draw(case, layers, 0)
+        input = inputs[0]
+        data = input.data if isinstance(input, PackedSequence) else input
+        # the output is about as large as the input
+        others = tuple(_draw(case, layers, seed) for seed in range(1, device.sets(2 * data.nbytes)))
+        return cls(case, twin, fused, inputs, others)
+
+    @property
+    def turns(self) -> int:
+        """How many inputs calls take in turn."""
+        return 1 + len(self.others)
 
     def parity(self) -> Parity:
         return parity(self.fused, self.stock, self.inputs, gradients=self.case.mode == "training")
 
     def backend(self) -> str:
         """What the fused module runs on."""
+        module, inputs = self.fused, self.inputs
+        if isinstance(module, Heads):
+            module, inputs = module.layers[0], tuple(x.chunk(HEADS, -1)[0] for x in inputs)
         with self.case.grad_mode():
-            return explain(self.fused, *self.inputs).backend
+            return explain(module, *inputs).backend
 
     def calls(self) -> dict[str, Call]:
-        """What is timed in ``case.grad_mode()``: torch, fused, and of half precision also fused in fp32."""
-        make = _training_call if self.case.mode == "training" else _inference_call
-        calls = {"torch": make(self.stock, self.inputs), "fused": make(self.fused, self.inputs)}
-        if self.case.dtype in ("bf16", "fp16"):
+        """What is timed in ``case.grad_mode()``: torch, fused, and of half on a CPU also fused in fp32."""
+        calls = {"torch": self._call(self.stock), "fused": self._call(self.fused)}
+        if self.case.dtype in ("bf16", "fp16") and not next(self.fused.parameters()).is_cuda:
             wide = copy.deepcopy(self.fused).float()
-            calls["fused_fp32"] = make(wide, _float(self.inputs))
+            calls["fused_fp32"] = self._call(wide, _float)
         return calls
+
+    def _call(self, module: nn.Module, convert: Callable[[Any], Any] = lambda inputs: inputs) -> Call:
+        make = _training_call if self.case.mode == "training" else _inference_call
+        return in_turn([make(module, convert(inputs)) for inputs in (self.inputs, *self.others)])
+
+
+def _layer(case: Case, device: Device) -> nn.RNNBase:
+    options = case.options()
+    return make_module(case.cell, case.input_size, case.hidden, dtype=DTYPES[case.dtype], **options).to(
+        device.name
+    )
+
+
+def _draw(case: Case, layers: Sequence[nn.Module], seed: int) -> tuple[Any, ...]:
+    def draw(layer: nn.Module, seed: int) -> tuple[Any, ...]:
+        return draw_inputs(layer, time=case.time, batch=case.batch, lengths=case.lengths(), seed=seed)
+
+    if case.layout == "heads":
+        parts = [draw(layer, seed * HEADS + head)[0] for head, layer in enumerate(layers)]
+        return (torch.cat(parts, -1),)
+    return draw(layers[0], seed)
 
 
 def _float(tree: Any) -> Any:
@@ -80,5 +135,8 @@ def _training_call(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return lambda: torch.autograd.grad(forward(), wanted, grad)
 
 
-def prepare(case: Case) -> Prepared | PreparedStep:
-    return (PreparedStep if case.layout == "step" else Prepared).of(case)
+def prepare(case: Case, device: Device | None = None) -> Prepared | PreparedStep:
+    """On the CPU if ``device`` is None; a step of a stream runs there only."""
+    if case.layout == "step":
+        return PreparedStep.of(case)
+    return Prepared.of(case, device)

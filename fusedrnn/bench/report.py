@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
+import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ..doctor import cpu_model, instruction_set, version
+from ..doctor import version
 from ..testing import Row
 from .cases import Case
-from .ceilings import Ceilings
+from .ceilings import Limits
+from .device import Device
 from .timing import Times
 
 COLUMNS = (
@@ -30,13 +31,17 @@ COLUMNS = (
     "GB/s",
     "of ceiling",
 )
+GRAPH_COLUMNS = ("graph: torch ms", "fused ms", "ratio", "us a step")
 
 
 @dataclass(frozen=True)
 class Result:
     """A case that was timed, or, without times, the row of it that is over budget.
 
-    ``times`` are per side: torch, fused, and what else the fused one was timed against.
+    Attributes:
+        times: per side: torch, fused, and what else the fused one was timed against.
+        graph: of replays of a captured call, per side that could be captured.
+        no_graph: why a side could not be.
     """
 
     group: str
@@ -45,31 +50,46 @@ class Result:
     worst: Row
     times: Mapping[str, Times] = field(default_factory=dict)
     rounds: int = 0
+    graph: Mapping[str, Times] = field(default_factory=dict)
+    no_graph: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ratios(self) -> dict[str, float]:
         """Of medians, per other side: above 1 the fused module is faster."""
         return {side: t.p50 / self.times["fused"].p50 for side, t in self.times.items() if side != "fused"}
 
-    def measures(self, ceilings: Ceilings) -> dict[str, float]:
+    def measures(self, ceilings: Limits) -> dict[str, float]:
         """Every number that a goal may be about; none if the case was not timed."""
         if not self.times:
             return {}
         seconds, work = self.times["fused"].p50, self.case.work()
+        best = self.graph.get("fused", self.times["fused"])
         measures = {
             **self.ratios,
             "seconds": seconds,
             "flops_per_second": work.flops / seconds,
-            "bytes_per_second": work.streamed / seconds,
+            "step_seconds": best.p50 / self.case.time,
+            "bytes_per_second": ceilings.moved(self.case) / seconds,
             "of_gemm": ceilings.gemm_seconds(self.case) / seconds,
             "of_read": ceilings.read_seconds(self.case) / seconds,
             "of_ceiling": ceilings.seconds(self.case) / seconds,
         }
         if ceilings.level(self.case) in ("L3", "DRAM"):
             measures["of_read_beyond_l2"] = measures["of_read"]
+        if self.graph.keys() >= {"torch", "fused"}:
+            measures["graph"] = self.graph["torch"].p50 / self.graph["fused"].p50
         return measures
 
-    def cells(self, ceilings: Ceilings) -> tuple[str, ...]:
+    def graph_cells(self, ceilings: Limits) -> tuple[str, ...]:
+        """What a device with graphs adds to the row of the table."""
+        if not self.times:
+            return ("",) * len(GRAPH_COLUMNS)
+        found = self.measures(ceilings)
+        times = [f"{self.graph[s].p50 * 1e3:.4g}" if s in self.graph else "-" for s in ("torch", "fused")]
+        ratio = f"{found['graph']:.2f}" if "graph" in found else "-"
+        return *times, ratio, f"{found['step_seconds'] * 1e6:.2f}"
+
+    def cells(self, ceilings: Limits) -> tuple[str, ...]:
         """The row of the table."""
         if not self.times:
             return self.case.label, self.backend, f"RED {self.worst}", *[""] * 6
@@ -87,7 +107,7 @@ class Result:
             f"{found['of_ceiling']:.0%} {bound}",
         )
 
-    def record(self, ceilings: Ceilings) -> dict[str, Any]:
+    def record(self, ceilings: Limits) -> dict[str, Any]:
         """For JSON; keys are only ever added, so that a later run can be held against an earlier one."""
         found, work = self.measures(ceilings), self.case.work()
         return {
@@ -99,6 +119,10 @@ class Result:
             "ratio": found.get("torch"),
             "ratios": self.ratios,
             "rounds": self.rounds,
+            "graph_seconds": {side: asdict(t) for side, t in self.graph.items()},
+            "graph_ratio": found.get("graph"),
+            "no_graph": dict(self.no_graph),
+            "step_seconds": found.get("step_seconds"),
             "flops": work.flops,
             "bytes": work.bytes,
             "resident_bytes": work.resident,
@@ -111,25 +135,30 @@ class Result:
         }
 
 
+def lines(report: Mapping[str, Any]) -> str:
+    """JSON with a line for each result, which is what changes from one run to the next."""
+    fields = []
+    for key, value in report.items():
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
+        fields.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
 def _milliseconds(times: Times) -> str:
     p20, p50, p80 = (f"{seconds * 1e3:.4g}" for seconds in (times.p20, times.p50, times.p80))
     return f"{p50} ({p20}-{p80})"
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str, device: Device) -> dict[str, Any]:
     """Where and with what the numbers were taken."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "commit": _commit(),
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "isa": instruction_set(),
-            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "platform": platform.platform(),
-        },
+        "machine": {**device.describe(), "platform": platform.platform()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -58,6 +58,10 @@ class PreparedStep:
     def backend(self) -> str:
         return select.choose(select.Request(self.case.cell, torch.float32, "cpu")).backend
 
+    @property
+    def turns(self) -> int:
+        return 1
+
     def calls(self) -> dict[str, Callable[[], Any]]:
         """torch: the module on [1, 1, I] with hx; cell: the cell on [1, I] with hx; fused: the stepper."""
         x, step = self.input[0], self.stepper.step

@@ -22,7 +22,8 @@ class Times:
     p80: float
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> float:
+def on_host(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds per call, by the host's clock."""
     start = perf_counter()
     for _ in range(repeats):
         call()
@@ -30,7 +31,10 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], seconds: float, shortest: float = SHORTEST
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    shortest: float = SHORTEST,
+    sample: Callable[[Callable[[], Any], int], float] = on_host,
 ) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
@@ -38,6 +42,7 @@ def interleave(
         calls: by name.
         seconds: for how long; at least FEWEST rounds are made, or FEWEST_SLOW of slow calls.
         shortest: seconds of one sample; a shorter call is repeated for as long.
+        sample: seconds per call of that many calls.
 
     Returns:
         Times by name, and the number of rounds.
@@ -45,14 +50,14 @@ def interleave(
     repeats = {}
     for name, call in calls.items():
         call()
-        once = _sample(call, 1)
+        once = sample(call, 1)
         repeats[name] = max(1, round(shortest / max(once, 1e-7) + 0.5))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     begin, rounds = perf_counter(), 0
     while not _enough(rounds, perf_counter() - begin, seconds):
         for name in order:
-            samples[name].append(_sample(calls[name], repeats[name]))
+            samples[name].append(sample(calls[name], repeats[name]))
         # whoever runs second finds a warmer machine
         order.reverse()
         rounds += 1

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: builds, proves and measures all that needs a GPU, and leaves one JSON file."""

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     slowest = max(seconds, key=seconds.__getitem__, default="none")
     print(
         f"Triton {triton.__version__}: {len(tasks)} compiled in {time.perf_counter() - began:.0f} s by "
-        f"{options.jobs} processes, {sum(seconds.values()) / max(1, len(done)):.2f} s each, at most "
+        f"{options.jobs} processes, {sum(seconds.values()) / max(1, len(done)):.2f} CPU s each, at most "
         f"{seconds.get(slowest, 0):.1f} s ({slowest}); {len(problems)} problems"
     )
     return bool(problems)

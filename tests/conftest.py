@@ -7,7 +7,8 @@ import torch
 
 import fusedrnn
 from fusedrnn import ops
-from fusedrnn.backends import reference, select
+from fusedrnn.backends import select
+from fusedrnn.backends.reference import layer as reference
 
 # Triton reads it where a kernel is defined, so before any test imports one.
 if not torch.cuda.is_available():

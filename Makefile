@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu | lint | types | build | clean
+# make demo | test | offline | bench | gpu | lint | types | build | clean
 # Each target sets up what it needs in $(VENV), the first time and when its inputs change.
 # Nothing outside $(VENV) is touched; another torch of the machine stays as it is.
 
@@ -12,6 +12,8 @@ TORCH_INDEX ?=
 GPU_PYTHON ?= python3
 # Test processes.
 WORKERS ?= 2
+# The one of the oldest torch that is supported; beside the environment's own.
+OLD_TRITON := 3.6.0
 ARGS ?=
 
 STAMPS := $(VENV)/stamps
@@ -24,7 +26,7 @@ SOURCES := $(shell find csrc -type f)
 # Requirements as pyproject.toml has them, one a line.
 listed = $(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); print(*$(1), sep='\n')"
 
-.PHONY: demo test bench gpu lint types build clean
+.PHONY: demo test offline bench gpu lint types build clean
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
 
@@ -35,6 +37,12 @@ demo: $(STAMPS)/build $(STAMPS)/demo
 test: export OMP_WAIT_POLICY = passive
 test: $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+# Every Triton kernel for GPUs that need not be here, by both versions of Triton that must compile it.
+offline: export PYTHONPATH := .:$(PYTHONPATH)
+offline: $(STAMPS)/test $(STAMPS)/triton-$(OLD_TRITON)
+	$(PY) -m benchmarks.offline --jobs $(WORKERS) $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON):$(PYTHONPATH) $(PY) -m benchmarks.offline --jobs $(WORKERS) $(ARGS)
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(PY) -m fusedrnn bench $(ARGS)
@@ -76,6 +84,11 @@ $(STAMPS)/demo: pyproject.toml | $(STAMPS)/build
 	$(ADD) "fusedrnn[cli]"
 	@$(call listed,(r for r in p['project']['optional-dependencies']['demo'] if 'fusedrnn' not in r)) > $(STAMPS)/demo.txt
 	$(ADD) --no-deps -r $(STAMPS)/demo.txt
+	@touch $@
+
+$(STAMPS)/triton-$(OLD_TRITON): | $(STAMPS)/build
+	@echo "Adding Triton $(OLD_TRITON) in a folder of its own"
+	$(PIP) install -q --no-deps --target $(VENV)/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	@touch $@
 
 # fusedrnn itself is already installed by now, so pip adds only what the extra lists.

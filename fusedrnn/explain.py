@@ -43,7 +43,8 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     request = select.Request(_cell(module), dtype, device_type)
     if select.requested() is not None:
         choice = select.choose(request)
-        return select.Choice(choice.backend, choice.why, _others(choice, "another was asked for by name"))
+        others = _others(request, choice, "another was asked for by name")
+        return select.Choice(choice.backend, choice.why, others)
     if isinstance(data, Tensor):
         train = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
         sizes = _sizes(module, first)
@@ -55,14 +56,14 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
                 "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
             )
     choice = select.choose(request)
-    others = _others(choice, f"{choice.backend} comes first and can run this")
+    others = _others(request, choice, f"{choice.backend} comes first and can run this")
     slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
     return select.Choice(choice.backend, choice.why, {**others, "torch": slower})
 
 
-def _others(choice: select.Choice, reason: str) -> dict[str, str]:
+def _others(request: select.Request, choice: select.Choice, reason: str) -> dict[str, str]:
     others = [name for name in select.NAMES if name != choice.backend]
-    return {name: choice.why_not.get(name, reason) for name in others}
+    return {name: select.against(name, request) or reason for name in others}
 
 
 def _cell(module: Any) -> str:

@@ -1,5 +1,7 @@
 """What more than one test file needs."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,6 +9,10 @@ import fusedrnn
 from fusedrnn import ops
 from fusedrnn.backends import select
 from fusedrnn.backends.reference import layer as reference
+
+# Triton reads it where a kernel is defined, so before any test imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +30,17 @@ def fused():
     native = select.get("native").unavailable() is None
     with fusedrnn.use_backend("native" if native else "reference"):
         yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that is allocated without a value is full of NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
+    )
 
 
 @pytest.fixture

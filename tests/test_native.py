@@ -36,17 +36,6 @@ def bf16_level(request):
     _C.set_isa("")
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every tensor that is allocated without a value is full of NaN."""
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
-    )
-
-
 def problem(
     cell, hidden, batch, time, *, inputs=5, directions=1, proj=0, ragged=False, bias=True, dtype=torch.float32
 ):

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.offline`: every Triton kernel compiled for GPUs that this machine does not have."""

@@ -35,6 +35,7 @@ class Instance(Protocol):
             bytes; "i32:16" is a multiple of 16.
         constexprs: argument -> value; numbers, strings, None, jit functions, tuples of these.
         num_warps, num_stages: as at a launch.
+        max_registers: of a thread; ptxas spills for occupancy where it is left to choose.
         cooperative: whether all programs must run at once.
         matrix: whether its products must be matrix instructions.
     """
@@ -51,6 +52,8 @@ class Instance(Protocol):
     def num_warps(self) -> int: ...
     @property
     def num_stages(self) -> int: ...
+    @property
+    def max_registers(self) -> int: ...
     @property
     def cooperative(self) -> bool: ...
     @property
@@ -141,6 +144,7 @@ def compile_for(instance: Instance, arch: int) -> Compiled:
         options={
             "num_warps": instance.num_warps,
             "num_stages": instance.num_stages,
+            "maxnreg": instance.max_registers,
             "launch_cooperative_grid": instance.cooperative,
             "enable_fp_fusion": True,  # its default differs between versions
         },

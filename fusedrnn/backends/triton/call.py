@@ -12,8 +12,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import plan
 from .cells import CELLS, Cell
 
-# All that a thread can have: ptxas would rather spill than lose an occupancy that nothing here needs.
-MAXNREG = 255
 _NAMES = {
     2: ("ih", "hh"),
     3: ("ih", "hh", "hr"),
@@ -93,7 +91,7 @@ class Call(NamedTuple):
             NK=p.NK,
             num_warps=p.num_warps,
             num_stages=p.num_stages,
-            maxnreg=MAXNREG,
+            maxnreg=plan.MAX_REGISTERS,
             **constants,
             **options,
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from . import plan
 from .cells import CELLS, Cell
-from .scan import scan_bwd_kernel, scan_fwd_kernel
+from .scan import ANY, scan_bwd_kernel, scan_fwd_kernel
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _HIDDEN = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -22,26 +22,37 @@ class Instance(NamedTuple):
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
+    max_registers: int
     cooperative: bool
     matrix: bool  # its products must be matrix instructions
 
 
 def instances() -> Iterator[Instance]:
-    """Each once; ragged input with resets stands for what is in a kernel only if it is asked for."""
-    seen = set()
-    for cell in CELLS:
-        for dtype, size in _SIZES.items():
-            for hidden in _HIDDEN:
-                for batch in (16, 32):
-                    for backward in (False, True):
-                        gates = CELLS[cell].gates
-                        p = plan.choose(gates, hidden, size, batch, 1, False, backward, plan.H100)
-                        for precision in ("ieee", "tf32") if dtype == "fp32" else ("",):
-                            for ragged in (False, True):
-                                made = _instance(cell, dtype, p, precision, ragged, backward)
-                                if made.name not in seen:
-                                    seen.add(made.name)
-                                    yield made
+    """Each once, but for those whose machine code differs from another's in a type or in an activation.
+
+    What rnn_relu, fp16 and tf32 have of their own shows in one cell or dtype. Ragged input with resets is
+    the larger kernel, dense input the faster one. A smaller GPU picks among the same kernels.
+    """
+    yield from _of("lstm", "bf16", "", (False, True))
+    yield from _of("lstm", "fp32", "ieee", (True,))
+    yield from _of("lstm", "fp32", "tf32", (True,))
+    yield from _of("gru", "bf16", "", (True,))
+    yield from _of("gru", "fp32", "ieee", (True,))
+    yield from _of("rnn_tanh", "fp16", "", (True,))
+    yield from _of("rnn_relu", "fp32", "tf32", (True,))
+
+
+def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Iterator[Instance]:
+    gates, size = CELLS[cell].gates, _SIZES[dtype]
+    for backward in (False, True):
+        plans = {
+            plan.choose(gates, hidden, size, batch, 1, False, backward, plan.H100): None
+            for hidden in _HIDDEN
+            for batch in (16, 32)
+        }
+        for p in plans:
+            for ragged in layouts:
+                yield _instance(cell, dtype, p, precision, ragged, backward)
 
 
 def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool, backward: bool) -> Instance:
@@ -79,7 +90,7 @@ def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool,
             signature[argument] = "constexpr"
             constants.setdefault(argument, None)
         else:
-            signature[argument] = "i32"
+            signature[argument] = "i32" if argument in ANY else "i32:16"
     return Instance(
         " ".join(name.split()),
         kernel,
@@ -87,6 +98,7 @@ def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool,
         constants,
         p.num_warps,
         p.num_stages,
+        plan.MAX_REGISTERS,
         persistent,
         precision != "ieee",
     )

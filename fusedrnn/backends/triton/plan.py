@@ -35,6 +35,8 @@ class Plan(NamedTuple):
         return self.NK > 0
 
 
+# All that a thread can have: ptxas would rather spill than lose an occupancy that nothing here needs.
+MAX_REGISTERS = 255
 # Without a GPU, under the interpreter or to compile for one: an H100.
 H100 = Machine(sms=132, shared=227 << 10)
 

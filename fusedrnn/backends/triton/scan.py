@@ -17,7 +17,7 @@ import triton.language as tl
 from .barrier import arrive, wait
 
 # Nothing is compiled for a length or a batch size.
-_ANY = ["N", "T", "B", "first", "count"]
+ANY = ["N", "T", "B", "first", "count"]
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _hidden(h_ptr, start_ptr, sources, stored, starts, b, k, h_row, K):
     return tl.where(starts[:, None], new, old)
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=ANY)
 def scan_fwd_kernel(
     x_gates_ptr,  # [D, N, G*H]
     weight_ptr,  # [D, G*H, K]
@@ -260,7 +260,7 @@ def _through_weights(
     return sums + tl.sum(parts, 0)
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=ANY)
 def scan_bwd_kernel(
     weight_ptr,  # [D, G*H, K]
     saved_ptr,  # strides saved_direction, saved_row, 1: [N, SAVED*H] a direction

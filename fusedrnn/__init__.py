@@ -1,7 +1,7 @@
 """fusedrnn: fused recurrent kernels for PyTorch, as drop-in modules."""
 
 from ._dynamo import make_traceable
-from .backends.select import BackendError, use_backend
+from .backends.select import BackendError, recompute, use_backend
 from .enable import disable, enable
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -20,6 +20,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "recompute",
     "replace",
     "streaming",
     "use_backend",

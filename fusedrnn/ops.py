@@ -14,6 +14,7 @@ import torch
 import torch._C._functorch as functorch
 from torch import Tensor
 
+from .backends import select
 from .backends.reference import layer as reference
 from .cells import CELLS
 from .operators import Grads, any_grad
@@ -32,7 +33,7 @@ class _Static:
     directions: int
     backend: str
 
-    def forward(self, tensors: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, tensors: Sequence[Tensor], save: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         input, weights, states = split(tensors, self.n_weights)
         return launch_forward(
             input, self.batch_sizes, weights, states, self.cell, self.directions, save, self.backend
@@ -69,7 +70,7 @@ class _Fast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output, last, saved = static.forward(tensors, save=True)
+        output, last, saved = static.forward(tensors, select.saving())
         ctx.static = static
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output, *saved)
@@ -134,7 +135,7 @@ class _Transformed(_Transformable):
 
     @staticmethod
     def forward(static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output, last, _ = static.forward(tensors, save=False)
+        output, last, _ = static.forward(tensors, select.NOTHING)
         return (output, *last)
 
     @staticmethod
@@ -166,7 +167,7 @@ class _TransformedBackward(_Transformable):
     def forward(static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
         n = 1 + len(CELLS[static.cell].states)
         grads, primals = tensors[:n], tensors[n:]
-        output, _, saved = static.forward(primals, save=True)
+        output, _, saved = static.forward(primals, select.EVERYTHING)
         found = static.backward(grads, primals, output, saved, [True] * len(primals))
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, primals))
 
@@ -204,10 +205,9 @@ def layer(
         The output ``[T, B, D*P]`` (``[N, D*P]`` packed) and the last states, each ``[D, B, ...]``.
     """
     wants_grad = torch.is_grad_enabled() and any_grad((input,), weights, states)
+    save = select.saving() if wants_grad else select.NOTHING
     if torch.compiler.is_compiling():
-        output, last, _ = call_layer(
-            input, batch_sizes, weights, states, cell, directions, wants_grad, backend
-        )
+        output, last, _ = call_layer(input, batch_sizes, weights, states, cell, directions, save, backend)
         return output, last
     if functorch.peek_interpreter_stack() is not None:
         static = _Static(cell, batch_sizes, len(weights), directions, backend)
@@ -217,15 +217,13 @@ def layer(
         # a custom operator would drop the tangents without a word
         return reference.layer(cell, input, batch_sizes, weights, states, directions)
     if torch._C._len_torch_dispatch_stack() or not _plain(input, weights, states):
-        output, last, _ = call_layer(
-            input, batch_sizes, weights, states, cell, directions, wants_grad, backend
-        )
+        output, last, _ = call_layer(input, batch_sizes, weights, states, cell, directions, save, backend)
         return output, last
     if wants_grad:
         static = _Static(cell, batch_sizes, len(weights), directions, backend)
         output, *last = _Fast.apply(static, input, *weights, *states)
         return output, last
-    output, last, _ = launch_forward(input, batch_sizes, weights, states, cell, directions, False, backend)
+    output, last, _ = launch_forward(input, batch_sizes, weights, states, cell, directions, save, backend)
     return output, last
 
 

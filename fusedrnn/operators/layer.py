@@ -18,7 +18,7 @@ from . import Grads, lib, second_order, without_autocast
 # [input, *weights, *states], an empty tensor where `needs` is false.
 lib.define(
     "layer(Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor[] states, str cell,"
-    " int directions, bool save, str backend) -> Tensor[]"
+    " int directions, int save, str backend) -> Tensor[]"
 )
 lib.define(
     "layer_backward(Tensor? grad_output, Tensor[] grad_last, Tensor input, Tensor? batch_sizes,"
@@ -47,7 +47,7 @@ def launch_forward(
     states: Sequence[Tensor],
     cell: str,
     directions: int,
-    save: bool,
+    save: int,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return select.kernels(backend, "layer").forward(
@@ -99,7 +99,7 @@ def _layer_impl(
     states: list[Tensor],
     cell: str,
     directions: int,
-    save: bool,
+    save: int,
     backend: str,
 ) -> list[Tensor]:
     output, last, saved = launch_forward(input, batch_sizes, weights, states, cell, directions, save, backend)
@@ -145,7 +145,7 @@ def _layer_fake(
     states: list[Tensor],
     cell: str,
     directions: int,
-    save: bool,
+    save: int,
     backend: str,
 ) -> list[Tensor]:
     rows = input.shape[:-1]
@@ -157,7 +157,7 @@ def _layer_fake(
     if save:
         n = rows[0] if len(rows) == 1 else rows[0] * rows[1]
         kernels = select.kernels(backend, "layer")
-        found = kernels.saved_tensors(cell, directions, n, hidden, proj, input.dtype)
+        found = kernels.saved_tensors(cell, directions, n, hidden, proj, input.dtype, save)
         saved = [input.new_empty(shape, dtype=dtype) for shape, dtype in found]
     return [output, *last, *saved]
 
@@ -202,7 +202,7 @@ def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     states, output, saved = rest[:n_states], rest[n_states], rest[n_states + 1 :]
     if not ctx.save:  # recorded without gradients in mind: make the saved tensors now
         *_, saved = call_layer(
-            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, True, ctx.backend
+            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, select.EVERYTHING, ctx.backend
         )
     grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grads[1 : 1 + n_states])]
     needs = _needs(ctx, n_weights, n_states)
@@ -222,7 +222,7 @@ def call_layer(
     states: Sequence[Tensor],
     cell: str,
     directions: int,
-    save: bool,
+    save: int,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     out = torch.ops.fusedrnn.layer(

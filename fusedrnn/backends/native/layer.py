@@ -38,7 +38,7 @@ def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
 
 
 def saved_tensors(
-    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `forward` returns as saved."""
     spec = _CELLS[cell]
@@ -159,7 +159,7 @@ def forward(
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     directions: int,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
     spec = _CELLS[cell]
@@ -178,7 +178,7 @@ def forward(
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
-        found = saved_tensors(cell, directions, rows, hidden, projected, dtype)
+        found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save)
         saved = [_large(x.new_empty(shape, dtype=sums)) for shape, sums in found]
     if rows:
         pointers = [t.data_ptr() for t in saved]

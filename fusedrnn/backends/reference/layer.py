@@ -16,7 +16,7 @@ def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
 
 
 def saved_tensors(
-    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return []  # its backward recomputes
 
@@ -119,7 +119,7 @@ def forward(
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     directions: int,
-    save: bool,
+    save: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     output, last = layer(cell, input, batch_sizes, weights, states, directions)
     return output, last, []

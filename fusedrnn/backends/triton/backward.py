@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .call import Call, Saved, call, named
+from .forward import project_input
 from .scan import scan_bwd_kernel
+from .step import activate_kernel
 
 
 def backward(
@@ -36,6 +38,8 @@ def backward(
         return torch.zeros_like(input) if needs[0] else None, zeros, list(d_last)
     kept = named(c, saved)
     out = output.view(c.rows, -1)
+    if kept.gates is None and c.cell.saved:
+        kept = kept._replace(gates=_gates_again(c, states[0], out))
     d_out = None if grad_output is None else grad_output.view(c.rows, -1)
     d_x_gates = input.new_empty((directions, c.rows, c.cell.gates * c.hidden))
     d_h_gates = torch.empty_like(d_x_gates) if c.cell.split else d_x_gates
@@ -162,6 +166,24 @@ def _products(
                     made = (d_x if name == "bias_ih" else d_h).sum(0)
             d_weights.append(made)
     return d_input, d_weights
+
+
+def _gates_again(c: Call, start: Tensor, out: Tensor) -> Tensor:
+    """What `forward` saves of the gates [D, N, SAVED*H]: every step's h is known, so it is two products."""
+    gates = c.cell.gates * c.hidden
+    found = c.x.new_empty((c.directions, c.rows, c.cell.saved * c.hidden))
+    x_gates, h_gates = c.x.new_empty((2, c.rows, gates))
+    grid = (-(-c.rows // 16), -(-c.hidden // 64))
+    for d, w in enumerate(c.weights):
+        project_input(c, d, x_gates)
+        torch.mm(_before(c, d, start, out), w["hh"].t(), out=h_gates)
+        if "bias_hh" in w:
+            h_gates += w["bias_hh"]
+        activate_kernel[grid](
+            x_gates, h_gates, found[d], c.rows, c.hidden,
+            ACTIVATE=c.cell.activate, G=c.cell.gates, SAVED=c.cell.saved, BB=16, BU=64,
+        )  # fmt: skip
+    return found
 
 
 def _before(c: Call, d: int, start: Tensor, out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..select import LITTLE
 from . import plan
 from .cells import CELLS, Cell
 
@@ -84,7 +85,7 @@ class Call(NamedTuple):
             RESIDENT=p.schedule == "resident",
             PERSISTENT=persistent,
             HOLD=p.hold,
-            PRECISION=_precision(),
+            PRECISION=precision(),
             BB=p.BB,
             BU=p.BU,
             BK=p.BK,
@@ -97,7 +98,7 @@ class Call(NamedTuple):
         )
 
 
-def _precision() -> str:
+def precision() -> str:
     """Of fp32 products: what torch's flags say for recurrent networks on a GPU."""
     precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if precision == "tf32" else "ieee"
@@ -138,18 +139,15 @@ def call(
         time, sizes = batch_sizes.shape[0], batch_sizes.tolist()
         offsets, lengths = _steps(batch_sizes, input.device)
     projected = "hr" in directed[0]
+    size = input.element_size()
+    if time == 1:
+        chosen = plan.one_step(batch, size)
+    else:
+        machine = plan.machine(input.device)
+        chosen = plan.choose(spec.gates, hidden, size, batch, directions, projected, backward, machine)
     return Call(
         cell=spec,
-        plan=plan.choose(
-            spec.gates,
-            hidden,
-            input.element_size(),
-            batch,
-            directions,
-            projected,
-            backward,
-            plan.machine(input.device),
-        ),
+        plan=chosen,
         time=time,
         batch=batch,
         hidden=hidden,
@@ -171,12 +169,12 @@ def stacked(weights: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 
 
 def saved_tensors(
-    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `forward` returns as saved: gates, further states, unprojected h."""
     spec = CELLS[cell]
     found: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if spec.saved:
+    if spec.saved and save != LITTLE:
         found.append(((directions, rows, spec.saved * hidden), dtype))
     if spec.states > 1:
         found.append(((spec.states - 1, directions, rows, hidden), torch.float32))
@@ -192,9 +190,8 @@ class Saved(NamedTuple):
 
 
 def named(c: Call, tensors: Sequence[Tensor]) -> Saved:
-    it = iter(tensors)
-    return Saved(
-        next(it) if c.cell.saved else None,
-        next(it) if c.cell.states > 1 else None,
-        next(it) if c.projected else None,
-    )
+    """What `forward` saved, from the last one on: the gates may be left out."""
+    left = list(tensors)
+    raw = left.pop() if c.projected else None
+    cells = left.pop() if c.cell.states > 1 else None
+    return Saved(left.pop() if left else None, cells, raw)

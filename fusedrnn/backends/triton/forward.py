@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .call import Call, Saved, call, named, saved_tensors, stacked
+from .call import Call, Saved, call, named, precision, saved_tensors, stacked
 from .scan import scan_fwd_kernel
+from .step import step_fwd_kernel
 
 
 def forward(
@@ -19,7 +20,7 @@ def forward(
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     directions: int,
-    save: bool,
+    save: int,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous.
@@ -29,18 +30,19 @@ def forward(
     """
     c = call(cell, input, batch_sizes, weights, states, directions, resets, False)
     output = input.new_empty((*input.shape[:-1], directions * c.proj))
-    found = saved_tensors(cell, directions, c.rows, c.hidden, c.projected, input.dtype)
-    tensors = [input.new_empty(shape, dtype=dtype) for shape, dtype in found] if save else []
+    kept, tensors = Saved(None, None, None), []
+    if save:
+        found = saved_tensors(cell, directions, c.rows, c.hidden, c.projected, input.dtype, save)
+        tensors = [input.new_empty(shape, dtype=dtype) for shape, dtype in found]
+        kept = named(c, tensors)
     if not c.rows:
         return output, [s.clone() for s in states], tensors
-    kept = named(c, tensors) if save else Saved(None, None, None)
+    if c.time == directions == 1 and not c.projected and resets is None:
+        return output, _step(c, states, output, kept), tensors
 
     x_gates = input.new_empty((directions, c.rows, c.cell.gates * c.hidden))
-    for w, made in zip(c.weights, x_gates):
-        if "bias_ih" in w:
-            torch.addmm(w["bias_ih"], c.x, w["ih"].t(), out=made)
-        else:
-            torch.mm(c.x, w["ih"].t(), out=made)
+    for d, made in enumerate(x_gates):
+        project_input(c, d, made)
     bias = stacked(c.weights, "bias_hh") if "bias_hh" in c.weights[0] else None
     out = output.view(c.rows, -1)
     width = out.shape[1]
@@ -57,7 +59,7 @@ def forward(
             scan_fwd_kernel, first, count,
             x_gates, c.weight_hh, bias, states[0], now, out, made, kept.gates, kept.cells, *strides,
             ACTIVATE=c.cell.activate, UPDATE=c.cell.update, GP=plan.power_of_two(c.cell.gates),
-            SAVED=c.cell.saved, HAS_BIAS=bias is not None, SAVE=save,
+            SAVED=0 if kept.gates is None else c.cell.saved, HAS_BIAS=bias is not None, SAVE=bool(save),
         )  # fmt: skip
 
     if c.plan.schedule != "stepped":
@@ -73,6 +75,31 @@ def forward(
     if c.projected:
         last[0] = _last_rows(c, out)
     return output, [s.clone() for s in last], tensors
+
+
+def project_input(c: Call, d: int, out: Tensor) -> None:
+    """The input's half of a direction's gates, of all rows [N, G*H]."""
+    w = c.weights[d]
+    if "bias_ih" in w:
+        torch.addmm(w["bias_ih"], c.x, w["ih"].t(), out=out)
+    else:
+        torch.mm(c.x, w["ih"].t(), out=out)
+
+
+def _step(c: Call, states: Sequence[Tensor], output: Tensor, kept: Saved) -> list[Tensor]:
+    """One step of one direction in one launch, input projection included."""
+    p = c.plan
+    last = [torch.empty_like(s) for s in states]
+    w = c.weights[0]
+    step_fwd_kernel[(-(-c.hidden // p.BU), -(-c.batch // p.BB))](
+        c.x, w["ih"], w.get("bias_ih"), states[0], w["hh"], w.get("bias_hh"), states[-1], output, last[0],
+        last[-1], kept.gates, kept.cells, c.batch, c.x.shape[1], c.hidden,
+        ACTIVATE=c.cell.activate, UPDATE=c.cell.update, G=c.cell.gates, GP=plan.power_of_two(c.cell.gates),
+        S=c.cell.states, SAVED=0 if kept.gates is None else c.cell.saved, HAS_BIAS="bias_ih" in w,
+        KEEP=kept.cells is not None, PRECISION=precision(), BB=p.BB, BU=p.BU, BK=p.BK,
+        num_warps=p.num_warps, num_stages=p.num_stages, maxnreg=plan.MAX_REGISTERS,
+    )  # fmt: skip
+    return last
 
 
 def _last_rows(c: Call, out: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which schedule and tiles a scan gets: one table, keyed on the cell, H, the dtype and the machine.
 
-Never on T, and on the batch only by its tile of 16 or 32 rows: a new batch size compiles nothing.
+Never on T beyond one, and on the batch only by its tile of 16 or 32 rows: a new batch size compiles nothing.
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ _HELD = 0.6
 
 def _columns(gates: int, backward: bool) -> int:
     return gates if backward else power_of_two(gates)
+
+
+def one_step(batch: int, size: int) -> Plan:
+    """The plan of a call for a single step."""
+    return _stepped(16 if batch <= 16 else 32, size)
 
 
 def _stepped(rows: int, size: int) -> Plan:

@@ -42,7 +42,7 @@ def _sources(offsets_ptr, t, before, is_later, b, B, keep, RAGGED: tl.constexpr)
 
 
 @triton.jit
-def _columns(weight_ptr, block, k, H, K, G: tl.constexpr, GP: tl.constexpr, BU: tl.constexpr):
+def columns(weight_ptr, block, k, H, K, G: tl.constexpr, GP: tl.constexpr, BU: tl.constexpr):
     """Tile [K's, BU * GP] of the weights: a unit's gates side by side, padded to a power of two."""
     column = tl.arange(0, BU * GP)
     gate = column % GP
@@ -53,7 +53,7 @@ def _columns(weight_ptr, block, k, H, K, G: tl.constexpr, GP: tl.constexpr, BU: 
 
 
 @triton.jit
-def _gates(sums, BB: tl.constexpr, BU: tl.constexpr, GP: tl.constexpr):
+def gates_of(sums, BB: tl.constexpr, BU: tl.constexpr, GP: tl.constexpr):
     """The gates [BB, BU] of sums [BB, BU * GP]."""
     if GP == 1:
         return (sums,)
@@ -143,7 +143,7 @@ def scan_fwd_kernel(
     if HOLD:
         for k in tl.static_range(NK):
             ks = k * BK + tl.arange(0, BK)
-            held += (_columns(weight_ptr, tl.program_id(0), ks, H, K, G, GP, BU),)
+            held += (columns(weight_ptr, tl.program_id(0), ks, H, K, G, GP, BU),)
     bias = ()
     for g in tl.static_range(G):
         if HAS_BIAS:
@@ -191,9 +191,9 @@ def scan_fwd_kernel(
                 for k in range(tl.cdiv(K, BK)):
                     ks = k * BK + tl.arange(0, BK)
                     a = _hidden(h_ptr, start_ptr, sources, stored, starts, b, ks, h_row, K)
-                    w = _columns(weight_ptr, tl.program_id(0), ks, H, K, G, GP, BU)
+                    w = columns(weight_ptr, tl.program_id(0), ks, H, K, G, GP, BU)
                     sums = tl.dot(a, w, sums, input_precision=PRECISION)
-        products = _gates(sums, BB, BU, GP)
+        products = gates_of(sums, BB, BU, GP)
         h = ()
         for g in tl.static_range(G):
             h += (products[g] + bias[g][None, :],)

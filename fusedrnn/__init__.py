@@ -1,10 +1,21 @@
 """fusedrnn: fused recurrent kernels for PyTorch, as drop-in modules."""
 
 from ._dynamo import make_traceable
+from .attend import attend
 from .backends.select import BackendError, use_backend
 from .enable import disable, enable
 from .explain import explain
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import (
+    GRU,
+    LSTM,
+    RNN,
+    AdditiveAttention,
+    BahdanauAttention,
+    GRUCell,
+    LSTMCell,
+    LuongAttention,
+    RNNCell,
+)
 from .replace import replace
 from .streaming import Stepper, streaming
 
@@ -12,11 +23,15 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
     "BackendError",
+    "BahdanauAttention",
     "GRUCell",
     "LSTMCell",
+    "LuongAttention",
     "RNNCell",
     "Stepper",
+    "attend",
     "disable",
     "enable",
     "explain",

@@ -78,7 +78,7 @@ def attend(
     if lengths is not None:
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
-    if _needs_torch(tensors):
+    if needs_torch(tensors):
         backend = "torch"
     else:
         backend = _chosen(score, query.dtype, query.device.type, need_weights, select.requested())
@@ -102,7 +102,7 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 # ---- where it runs -----------------------------------------------------------------------------
 
 
-def _needs_torch(tensors: tuple[Tensor | None, ...]) -> bool:
+def needs_torch(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something looks on that knows torch's own operators only."""
     return (
         any(type(t) not in _TENSORS for t in tensors)

@@ -90,13 +90,19 @@ def launch_backward(
 
 def _attend_impl(*args: Any) -> list[Tensor]:
     context, weights, saved = launch_forward(*args)
-    return [context, *([] if weights is None else [weights]), *saved]
+    return [t.contiguous() for t in (context, weights, *saved) if t is not None]  # as the fake has them
 
 
 def _attend_backward_impl(*args: Any) -> list[Tensor]:
     inputs, needs = args[3:8], args[-1]
     return [
-        (inputs[0].new_empty(0) if not need else torch.zeros_like(like) if grad is None else grad)
+        (
+            inputs[0].new_empty(0)
+            if not need
+            else like.new_zeros(like.shape)
+            if grad is None
+            else grad.contiguous()
+        )
         for grad, need, like in zip(launch_backward(*args), needs, inputs)
     ]
 
@@ -124,10 +130,10 @@ def _attend_fake(
     save: bool,
     backend: str,
 ) -> list[Tensor]:
-    batch, heads, queries, _ = query.shape
-    context = query.new_empty((batch, heads, queries, value.shape[-1]))
-    weights = [query.new_empty((batch, heads, queries, key.shape[-2]))] if need_weights else []
-    shapes = select.kernels(backend, "attend").saved_shapes(batch, heads, queries) if save else []
+    rows, keys = query.shape[:3], key.shape[2]
+    context = query.new_empty((*rows, value.shape[-1]))
+    weights = [query.new_empty((*rows, keys))] if need_weights else []
+    shapes = select.kernels(backend, "attend").saved_shapes(*rows, keys) if save else []
     saved = [query.new_empty(shape, dtype=accumulation(query.dtype)) for shape in shapes]
     return [context, *weights, *saved]
 

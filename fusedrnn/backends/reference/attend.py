@@ -19,7 +19,7 @@ def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
 
 
-def saved_shapes(batch: int, heads: int, queries: int) -> list[tuple[int, ...]]:
+def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[int, ...]]:
     return []  # its backward recomputes
 
 

@@ -78,14 +78,15 @@ def attend(
     if lengths is not None:
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
+    plain = not need_weights and not _differentiated(tensors)
     if needs_torch(tensors):
         backend = "torch"
     else:
-        backend = _chosen(score, query.dtype, query.device.type, need_weights, select.requested())
+        backend = _chosen(score, query.dtype, query.device.type, plain, select.requested())
     if backend != "torch":
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout > 0 else None
         return ops.attend(score, *tensors, scale, dropout, seed, need_weights, backend)
-    if score == "dot" and not need_weights and not _differentiated(tensors):
+    if score == "dot" and plain:
         joined = _joined(mask, lengths, key.shape[-2])
         context = nn.functional.scaled_dot_product_attention(query, key, value, joined, dropout, scale=scale)
         return context, None
@@ -111,10 +112,10 @@ def needs_torch(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def _chosen(score: str, dtype: torch.dtype, device_type: str, need_weights: bool, wanted: str | None) -> str:
+def _chosen(score: str, dtype: torch.dtype, device_type: str, plain: bool, wanted: str | None) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
     request = select.Request(score, dtype, device_type, "attend")
-    if wanted is None and hand_over.attend_reason(request, need_weights) is not None:
+    if wanted is None and hand_over.attend_reason(request, plain) is not None:
         return "torch"
     return select.choose(request).backend
 

@@ -43,13 +43,16 @@ def reason(
     return None
 
 
-def attend_reason(request: select.Request, need_weights: bool) -> str | None:
+def attend_reason(request: select.Request, plain: bool) -> str | None:
     """Why an attend should run as plain torch code; None if it should not.
 
     Asked only when no backend was asked for by name.
+
+    Args:
+        plain: neither weights nor derivatives are wanted.
     """
-    if request.kind == "dot" and not need_weights:
-        return "torch's scaled_dot_product_attention needs no weights and no kernel of ours"
+    if request.kind == "dot" and plain:
+        return "torch's scaled_dot_product_attention is made for this"
     missing = select.no_kernel(request)
     if missing is None:
         return None

@@ -22,6 +22,8 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
     * Under autocast the weights too have the autocast dtype.
     """
 
+    score = "dot"
+
     def forward(
         self,
         query: Tensor,
@@ -53,7 +55,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         if mask is not None and added:
             mask = F.pad(mask, (0, added), value=mask.dtype is torch.bool)
         context, weights = attend(
-            "dot",
+            self.score,
             q,
             k,
             v,

@@ -1,10 +1,26 @@
 """fusedrnn: fused recurrent kernels for PyTorch, as drop-in modules."""
 
 from ._dynamo import make_traceable
+from .attend import attend
 from .backends.select import BackendError, recompute, use_backend
 from .enable import disable, enable
 from .explain import explain
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import (
+    GRU,
+    LSTM,
+    RNN,
+    AdditiveAttention,
+    Alignments,
+    BahdanauAttention,
+    CoverageAttention,
+    ForwardAttention,
+    GRUCell,
+    LocationSensitiveAttention,
+    LSTMCell,
+    LuongAttention,
+    MultiheadAttention,
+    RNNCell,
+)
 from .replace import replace
 from .streaming import Stepper, streaming
 
@@ -12,11 +28,20 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AdditiveAttention",
+    "Alignments",
     "BackendError",
+    "BahdanauAttention",
+    "CoverageAttention",
+    "ForwardAttention",
     "GRUCell",
     "LSTMCell",
+    "LocationSensitiveAttention",
+    "LuongAttention",
+    "MultiheadAttention",
     "RNNCell",
     "Stepper",
+    "attend",
     "disable",
     "enable",
     "explain",

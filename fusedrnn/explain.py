@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .backends import hand_over, select
+from .modules import AdditiveAttention
+from .modules.attention import Attention
 from .modules.forward import Fused
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_ATTENTION = (nn.MultiheadAttention, Attention, AdditiveAttention)
 
 
 def explain(module: nn.Module, *inputs: Any) -> select.Choice:
@@ -17,44 +23,52 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
 
     Args:
         module: a fused module, or a stock one of torch.nn.
-        inputs: the arguments of its forward, ``input`` and maybe ``hx``. Without them the weights'
-            dtype and device decide, and no size.
+        inputs: the arguments of its forward. Without them the weights' dtype and device decide, and no size.
 
     Raises:
-        TypeError: ``module`` is not a recurrent module.
+        TypeError: ``module`` is neither a recurrent nor an attention module.
         BackendError: a backend was asked for by name and cannot run the call.
     """
-    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        raise TypeError(f"module: expected a recurrent module, got {type(module).__name__}")
-    if not isinstance(module, Fused):
+    if not isinstance(module, (*_RECURRENT, *_ATTENTION)):
+        raise TypeError(f"module: expected a recurrent or attention module, got {type(module).__name__}")
+    if not isinstance(module, (Fused, Attention, AdditiveAttention)):
         why = f"a stock {type(module).__name__}: torch runs it, except under fusedrnn.enable()"
         return select.Choice(
             "torch", why, dict.fromkeys(select.ORDER, "fusedrnn.replace(model) has not been called")
         )
 
-    weight = next(module.parameters())
-    first = inputs[0] if inputs else None
-    data = first.data if isinstance(first, PackedSequence) else first
-    like = data if isinstance(data, Tensor) else weight
+    tensors = [t.data if isinstance(t, PackedSequence) else t for t in inputs[:1]]
+    if tensors and isinstance(tensors[0], (list, tuple)):  # Keras's inputs
+        tensors = list(tensors[0][:1])
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    like = next(iter([*given, *module.parameters()]), torch.empty(0))
     device_type, dtype = like.device.type, like.dtype
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
 
-    request = select.Request(_cell(module), dtype, device_type)
+    recurrent = isinstance(module, _RECURRENT)
+    if recurrent:
+        request = select.Request(_cell(module), dtype, device_type)
+    else:
+        request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
     if select.requested() is not None:
         choice = select.choose(request)
         others = _others(request, choice, "another was asked for by name")
         return select.Choice(choice.backend, choice.why, others)
-    if isinstance(data, Tensor):
-        train = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
-        sizes = _sizes(module, first)
+    reason = None
+    if not recurrent:
+        reason = hand_over.attend_reason(request, _is_plain(module, inputs, grad))
+    elif given:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
-        reason = hand_over.reason(function, device_type, dtype, *sizes, module.hidden_size, train)
-        if reason is not None:
-            against = {name: select.against(name, request) for name in select.ORDER}
-            return select.Choice(
-                "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
-            )
+        sizes = _sizes(module, inputs[0])
+        hidden: Any = module.hidden_size
+        reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
+    if reason is not None:
+        against = {name: select.against(name, request) for name in select.ORDER}
+        return select.Choice(
+            "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
+        )
     choice = select.choose(request)
     others = _others(request, choice, f"{choice.backend} comes first and can run this")
     slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
@@ -84,3 +98,17 @@ def _sizes(module: Any, input: Any) -> tuple[int, int]:
         return int(input.shape[0]), 1
     time, batch = input.shape[:2]
     return (int(batch), int(time)) if module.batch_first else (int(time), int(batch))
+
+
+def _is_plain(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> bool:
+    """Whether a call wants neither weights nor derivatives of ours."""
+    signature = inspect.signature(module.forward)
+    given = signature.bind_partial(*inputs)
+    given.apply_defaults()
+    asked = given.arguments
+    # forms that carry their weights from step to step have no such argument
+    if asked.get("need_weights", asked.get("return_attention_scores", True)):
+        return False
+    if isinstance(module, nn.MultiheadAttention) and asked["key_padding_mask"] is asked["attn_mask"] is None:
+        return True
+    return not grad

@@ -1,91 +1,104 @@
-"""Run a layer: :func:`layer` picks the cheapest entry to the operator that is right for the moment.
+"""Run an operation: :func:`layer` and :func:`attend` pick the cheapest entry that is right for the moment.
 
 Eager calls take a plain autograd Function or none; torch.compile, torch.export and tensor
-subclasses take `torch.ops.fusedrnn.layer`; torch.func transforms a Function made for them.
+subclasses take the operator; torch.func transforms a Function made for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor
 
 from .backends import select
+from .backends.reference import attend as reference_attend
 from .backends.reference import layer as reference
-from .cells import CELLS
 from .operators import Grads, any_grad
-from .operators.layer import call_layer, launch_backward, launch_forward, split
+from .operators import attend as attend_operator
+from .operators import layer as layer_operator
 
-# ---- eager fast path ---------------------------------------------------------------------------
+Optional = Tensor | None
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """Everything of a call that is not a differentiable tensor (opaque to pytree)."""
+class _Call(Protocol):
+    """Everything of a call that is not a tensor (opaque to pytree). `tensors` are those that may be
+    differentiated, all floating, then `constants` others, which may be None."""
 
-    cell: str
-    batch_sizes: Tensor | None
-    n_weights: int
-    directions: int
-    backend: str
+    @property
+    def constants(self) -> int: ...
 
-    def forward(self, tensors: Sequence[Tensor], save: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        input, weights, states = split(tensors, self.n_weights)
-        return launch_forward(
-            input, self.batch_sizes, weights, states, self.cell, self.directions, save, self.backend
-        )
+    @property
+    def outputs(self) -> int: ...
+
+    def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        """Outputs and what the backward needs beyond inputs and the first output."""
 
     def backward(
         self,
-        grads: Sequence[Tensor | None],
-        tensors: Sequence[Tensor],
+        grads: Sequence[Optional],
+        tensors: Sequence[Any],
         output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
     ) -> Grads:
-        input, weights, states = split(tensors, self.n_weights)
-        grad_last: Sequence[Tensor | None] = grads[1:]
-        launch = launch_backward
-        if differentiable:
-            grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grad_last)]
-            launch = torch.ops.fusedrnn.layer_backward
-        return launch(
-            grads[0], grad_last, input, self.batch_sizes, weights, states, output, saved, self.cell,
-            self.directions, self.backend, needs,
-        )  # fmt: skip
+        """A gradient per differentiable tensor; with `differentiable` by the operator."""
 
-    def reference(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        input, weights, states = split(tensors, self.n_weights)
-        output, last = reference.layer(self.cell, input, self.batch_sizes, weights, states, self.directions)
-        return (output, *last)
+    def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The outputs as differentiable torch code."""
+
+    def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
+        """The outputs by the operator."""
+
+
+def _run(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
+    """The outputs of a call: differentiable, compilable, vmappable."""
+    wants_grad = torch.is_grad_enabled() and any_grad(tensors)
+    if torch.compiler.is_compiling():
+        return call.operator(tensors, wants_grad)
+    if functorch.peek_interpreter_stack() is not None:
+        return _Transformed.apply(call, *tensors)
+    if torch.autograd.forward_ad._current_level >= 0:
+        # a custom operator would drop the tangents without a word
+        return call.reference(*tensors)
+    if torch._C._len_torch_dispatch_stack() or any(type(t) not in _PLAIN for t in tensors):
+        return call.operator(tensors, wants_grad)
+    if wants_grad:
+        return _Fast.apply(call, *tensors)
+    return call.forward(tensors, False)[0]
+
+
+# ---- eager fast path ---------------------------------------------------------------------------
 
 
 class _Fast(torch.autograd.Function):
     """The operator without the dispatcher: about a third of its overhead."""
 
     @staticmethod
-    def forward(ctx: Any, static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output, last, saved = static.forward(tensors, select.saving())
-        ctx.static = static
+    def forward(ctx: Any, call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
+        outputs, saved = call.forward(tensors, save=True)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output, *saved)
-        return (output, *last)
+        ctx.save_for_backward(*tensors, outputs[0], *saved)
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
         needs = ctx.needs_input_grad[1:]
         n = len(needs)
         flat = ctx.saved_tensors
+        constants = ctx.call.constants
+        needs = needs[: n - constants]
         # create_graph=True: the operator knows its second order
-        found = ctx.static.backward(
+        found = ctx.call.backward(
             grads, flat[:n], flat[n], flat[n + 1 :], needs, differentiable=torch.is_grad_enabled()
         )
-        return (None, *(g if need else None for g, need in zip(found, needs)))
+        return (None, *(g if need else None for g, need in zip(found, needs)), *[None] * constants)
 
 
 # ---- function transforms: vmap, jvp, func.grad -------------------------------------------------
@@ -101,24 +114,25 @@ def _samples(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list
 
 
 class _Transformable(torch.autograd.Function):
-    """What both Functions below share; `plain(static)` is each one as differentiable torch code."""
+    """What both Functions below share; `plain(call, constants)` is each one as differentiable torch code."""
 
     @staticmethod
-    def plain(static: _Static) -> Any:
+    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
         raise NotImplementedError
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.static = inputs[0]
+        ctx.call = inputs[0]
         ctx.save_for_backward(*inputs[1:])
         ctx.save_for_forward(*inputs[1:])
 
     @classmethod
-    def _jvp(cls, ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    def _jvp(cls, ctx: Any, tangents: tuple[Optional, ...]) -> tuple[Tensor, ...]:
+        varied, constants = _split(ctx.call, ctx.saved_tensors)
         # make_dual refuses expanded tensors
-        primals = tuple(p.contiguous() for p in ctx.saved_tensors)
+        primals = tuple(p.contiguous() for p in varied)
         full = tuple(torch.zeros_like(p) if t is None else t.contiguous() for p, t in zip(primals, tangents))
-        return torch.func.jvp(cls.plain(ctx.static), primals, full)[1]
+        return torch.func.jvp(cls.plain(ctx.call, constants), primals, full)[1]
 
     @classmethod
     def _vmap(cls, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -126,24 +140,29 @@ class _Transformable(torch.autograd.Function):
         return tuple(torch.stack(column) for column in zip(*outs)), (0,) * len(outs[0])
 
 
+def _split(call: _Call, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Optional]]:
+    n = len(tensors) - call.constants
+    return tensors[:n], tensors[n:]
+
+
 class _Transformed(_Transformable):
     """The operator under torch.func transforms; old-style Functions are refused there."""
 
     @staticmethod
-    def plain(static: _Static) -> Any:
-        return static.reference
+    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
+        return lambda *varied: call.reference(*varied, *constants)
 
     @staticmethod
-    def forward(static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
-        output, last, _ = static.forward(tensors, select.NOTHING)
-        return (output, *last)
+    def forward(call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
+        return call.forward(tensors, save=False)[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_TransformedBackward.apply(ctx.static, *grads, *ctx.saved_tensors))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
+        found = _TransformedBackward.apply(ctx.call, *grads, *ctx.saved_tensors)
+        return (None, *found, *[None] * ctx.call.constants)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, _: None, *tangents: Optional) -> tuple[Tensor, ...]:
         return _Transformed._jvp(ctx, tangents)
 
     @staticmethod
@@ -155,29 +174,31 @@ class _TransformedBackward(_Transformable):
     """The gradient of `_Transformed`, itself transformable."""
 
     @staticmethod
-    def plain(static: _Static) -> Any:
-        n = 1 + len(CELLS[static.cell].states)
+    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
+        n = call.outputs
 
         def vjp(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(static.reference, *tensors[n:])[1](tuple(tensors[:n]))
+            run = _Transformed.plain(call, constants)
+            return torch.func.vjp(run, *tensors[n:])[1](tuple(tensors[:n]))
 
         return vjp
 
     @staticmethod
-    def forward(static: _Static, *tensors: Tensor) -> tuple[Tensor, ...]:
-        n = 1 + len(CELLS[static.cell].states)
-        grads, primals = tensors[:n], tensors[n:]
-        output, _, saved = static.forward(primals, select.EVERYTHING)
-        found = static.backward(grads, primals, output, saved, [True] * len(primals))
-        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, primals))
+    def forward(call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
+        grads, primals = tensors[: call.outputs], tensors[call.outputs :]
+        varied, _ = _split(call, primals)
+        outputs, saved = call.forward(primals, save=True)
+        found = call.backward(grads, primals, outputs[0], saved, [True] * len(varied))
+        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, varied))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plain = _TransformedBackward.plain(ctx.static)
-        return (None, *torch.func.vjp(plain, *ctx.saved_tensors)[1](grads))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
+        varied, constants = _split(ctx.call, ctx.saved_tensors)
+        plain = _TransformedBackward.plain(ctx.call, constants)
+        return (None, *torch.func.vjp(plain, *varied)[1](grads), *[None] * len(constants))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, _: None, *tangents: Optional) -> tuple[Tensor, ...]:
         return _TransformedBackward._jvp(ctx, tangents)
 
     @staticmethod
@@ -185,50 +206,178 @@ class _TransformedBackward(_Transformable):
         return _TransformedBackward._vmap(info, in_dims, args)
 
 
-# ---- the entry ---------------------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Layer:
+    """A layer's call, of [input, *weights, *states] and batch_sizes."""
+
+    cell: str
+    n_weights: int
+    n_states: int
+    directions: int
+    backend: str
+    constants: int = 1
+
+    @property
+    def outputs(self) -> int:
+        return 1 + self.n_states
+
+    def _split(self, tensors: Sequence[Any]) -> tuple[Any, Optional, list[Any], list[Any]]:
+        input, weights, states = layer_operator.split(tensors[:-1], self.n_weights)
+        return input, tensors[-1], weights, states
+
+    def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        output, last, saved = layer_operator.launch_forward(
+            *self._split(tensors), self.cell, self.directions, save and select.saving(), self.backend
+        )
+        return (output, *last), saved
+
+    def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
+        output, last, _ = layer_operator.call_layer(
+            *self._split(tensors), self.cell, self.directions, save and select.saving(), self.backend
+        )
+        return (output, *last)
+
+    def backward(
+        self,
+        grads: Sequence[Optional],
+        tensors: Sequence[Any],
+        output: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+        differentiable: bool = False,
+    ) -> Grads:
+        input, batch_sizes, weights, states = self._split(tensors)
+        grad_last: Sequence[Optional] = grads[1:]
+        launch = layer_operator.launch_backward
+        if differentiable:
+            grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grad_last)]
+            launch = torch.ops.fusedrnn.layer_backward
+        return launch(
+            grads[0], grad_last, input, batch_sizes, weights, states, output, saved, self.cell,
+            self.directions, self.backend, needs,
+        )  # fmt: skip
+
+    def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
+        input, batch_sizes, weights, states = self._split(tensors)
+        output, last = reference.layer(self.cell, input, batch_sizes, weights, states, self.directions)
+        return (output, *last)
 
 
 def layer(
     input: Tensor,
-    batch_sizes: Tensor | None,
+    batch_sizes: Optional,
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     cell: str,
     directions: int,
     backend: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run one layer, all its directions, on ``backend``; differentiable, compilable, vmappable.
+    """Run one layer, all its directions, on ``backend``.
 
     Shapes: docs/architecture.md, "The layer". Arguments are trusted: functional validates.
 
     Returns:
         The output ``[T, B, D*P]`` (``[N, D*P]`` packed) and the last states, each ``[D, B, ...]``.
     """
-    wants_grad = torch.is_grad_enabled() and any_grad((input,), weights, states)
-    save = select.saving() if wants_grad else select.NOTHING
-    if torch.compiler.is_compiling():
-        output, last, _ = call_layer(input, batch_sizes, weights, states, cell, directions, save, backend)
-        return output, last
-    if functorch.peek_interpreter_stack() is not None:
-        static = _Static(cell, batch_sizes, len(weights), directions, backend)
-        output, *last = _Transformed.apply(static, input, *weights, *states)
-        return output, last
-    if torch.autograd.forward_ad._current_level >= 0:
-        # a custom operator would drop the tangents without a word
-        return reference.layer(cell, input, batch_sizes, weights, states, directions)
-    if torch._C._len_torch_dispatch_stack() or not _plain(input, weights, states):
-        output, last, _ = call_layer(input, batch_sizes, weights, states, cell, directions, save, backend)
-        return output, last
-    if wants_grad:
-        static = _Static(cell, batch_sizes, len(weights), directions, backend)
-        output, *last = _Fast.apply(static, input, *weights, *states)
-        return output, last
-    output, last, _ = launch_forward(input, batch_sizes, weights, states, cell, directions, save, backend)
+    call = _Layer(cell, len(weights), len(states), directions, backend)
+    output, *last = _run(call, input, *weights, *states, batch_sizes)
     return output, last
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# ---- the attend --------------------------------------------------------------------------------
 
 
-def _plain(input: Tensor, *groups: Sequence[Tensor]) -> bool:
-    return type(input) in _PLAIN and all(type(t) in _PLAIN for group in groups for t in group)
+@dataclass(eq=False, slots=True)
+class _Attend:
+    """An attend's call, of [query, key, value, (v), (float mask)] and (bool mask), lengths, seed."""
+
+    score: str
+    has_v: bool
+    has_float_mask: bool
+    scale: float
+    dropout: float
+    need_weights: bool
+    backend: str
+    constants: int = 3
+
+    @property
+    def outputs(self) -> int:
+        return 1 + self.need_weights
+
+    def _split(self, tensors: Sequence[Any]) -> tuple[list[Any], Optional]:
+        """What the kernels take between score and scale, and the seed."""
+        *varied, mask, lengths, seed = tensors
+        v = varied[3] if self.has_v else None
+        return [*varied[:3], v, varied[-1] if self.has_float_mask else mask, lengths], seed
+
+    def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        inputs, seed = self._split(tensors)
+        context, weights, saved = attend_operator.launch_forward(
+            self.score, *inputs, self.scale, self.dropout, seed, self.need_weights, save, self.backend
+        )
+        return (context,) if weights is None else (context, weights), saved
+
+    def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
+        inputs, seed = self._split(tensors)
+        context, weights, _ = attend_operator.call_attend(
+            self.score, *inputs, self.scale, self.dropout, seed, self.need_weights, save, self.backend
+        )
+        return (context,) if weights is None else (context, weights)
+
+    def backward(
+        self,
+        grads: Sequence[Optional],
+        tensors: Sequence[Any],
+        output: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+        differentiable: bool = False,
+    ) -> Grads:
+        inputs, seed = self._split(tensors)
+        launch = attend_operator.launch_backward
+        if differentiable:
+            launch = torch.ops.fusedrnn.attend_backward
+        full = [*needs[:3], self.has_v and needs[3], self.has_float_mask and needs[-1]]
+        found = launch(
+            grads[0], grads[1] if self.need_weights else None, self.score, *inputs, self.scale, self.dropout,
+            seed, output, saved, self.backend, full,
+        )  # fmt: skip
+        present = (True, True, True, self.has_v, self.has_float_mask)
+        return [g for g, is_present in zip(found, present) if is_present]
+
+    def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
+        inputs, seed = self._split(tensors)
+        run: Any = reference_attend.attend
+        both = run(self.score, *inputs, self.scale, self.dropout, seed)
+        return both[: self.outputs]
+
+
+def attend(
+    score: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Optional,
+    mask: Optional,
+    lengths: Optional,
+    scale: float,
+    dropout: float,
+    seed: Optional,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Optional]:
+    """Run one attend on ``backend``.
+
+    Shapes: docs/architecture.md, "The attend". Arguments are trusted: fusedrnn.attend validates.
+
+    Returns:
+        The context ``[B, N, Tq, Dv]``, and the weights ``[B, N, Tq, Tk]`` if they are needed.
+    """
+    is_float = mask is not None and mask.is_floating_point()
+    call = _Attend(score, v is not None, is_float, scale, dropout, need_weights, backend)
+    floats = [t for t in (v, mask if is_float else None) if t is not None]
+    context, *weights = _run(call, query, key, value, *floats, None if is_float else mask, lengths, seed)
+    return context, weights[0] if weights else None

@@ -1,4 +1,4 @@
-"""Swap the recurrent modules of a model for fused ones, in place and reversibly.
+"""Swap the recurrent and attention modules of a model for fused ones, in place and reversibly.
 
 A swap assigns ``module.__class__``. The fused classes add no state to torch's, so the object keeps
 its identity, and with it its parameters, hooks, parametrizations and everyone who refers to it.
@@ -22,6 +22,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: modules.RNNCell,
     nn.LSTMCell: modules.LSTMCell,
     nn.GRUCell: modules.GRUCell,
+    nn.MultiheadAttention: modules.MultiheadAttention,
 }
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 _NAMES = frozenset(stock.__name__ for stock in _FUSED)
@@ -29,7 +30,7 @@ _NAMES = frozenset(stock.__name__ for stock in _FUSED)
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one recurrent module.
+    """What became of one recurrent or attention module.
 
     Attributes:
         names: every qualified name the model knows it by; that of the model itself is "".
@@ -46,7 +47,8 @@ class Report:
     """What :func:`replace` did; prints as a table. In a ``with`` statement, reverted at its end.
 
     Attributes:
-        entries: one :class:`Entry` per recurrent module, in the order of ``model.named_modules()``.
+        entries: one :class:`Entry` per module of torch.nn that fusedrnn knows, in the order of
+            ``model.named_modules()``.
     """
 
     def __init__(self, entries: tuple[Entry, ...], swapped: list[nn.Module]) -> None:
@@ -89,9 +91,10 @@ class Report:
 
 
 def replace(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> Report:
-    """Turn every nn.RNN, nn.LSTM, nn.GRU and cell of a model, itself included, into a fused one.
+    """Turn every nn.RNN, nn.LSTM, nn.GRU, cell and nn.MultiheadAttention of a model into a fused one.
 
-    Works in place: modules, parameters, hooks and ``state_dict`` keys stay the same objects.
+    The model itself may be one. Works in place: modules, parameters, hooks and ``state_dict`` keys stay
+    the same objects.
 
     Args:
         model: any module.
@@ -111,7 +114,7 @@ def replace(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
 
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_recurrent(module):
+        if _is_known(module):
             found.setdefault(id(module), (module, []))[1].append(name)
 
     # decided for all before the first swap: filter_fn may raise
@@ -140,10 +143,10 @@ def _is_quantized(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.ao.nn.quant") and type(module).__name__ in _NAMES
 
 
-def _is_recurrent(module: nn.Module) -> bool:
+def _is_known(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in _NAMES
-    return isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or _is_quantized(module)
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)) or _is_quantized(module)
 
 
 def _obstacle(module: nn.Module, fused: type[nn.Module] | None) -> str:

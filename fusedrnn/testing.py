@@ -29,7 +29,7 @@ __all__ = [
     "stock",
 ]  # fmt: skip
 
-STOCK = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+STOCK = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 
 
 @contextmanager
@@ -58,8 +58,8 @@ def stock(module: nn.Module) -> nn.Module:
     """The torch.nn module that ``module`` stands for: a deep copy of it, under torch's own class.
 
     Raises:
-        TypeError: ``module`` is not one of torch's recurrent modules or a subclass, or it is
-            parametrized, which ties its class to its weights.
+        TypeError: ``module`` is no recurrent module or MultiheadAttention of torch nor of a subclass, or it
+            is parametrized, which ties its class to its weights.
     """
     for cls in type(module).__mro__:
         if cls in STOCK:

@@ -243,7 +243,7 @@ def test_explain_a_stock_module_and_what_is_none() -> None:
     choice = explain(nn.LSTM(2, 3), torch.zeros(4, 1, 2))
     assert choice.backend == "torch"
     assert "stock LSTM" in choice.why
-    with pytest.raises(TypeError, match="module: expected a recurrent module, got Linear"):
+    with pytest.raises(TypeError, match="module: expected a recurrent or attention module, got Linear"):
         explain(nn.Linear(2, 2))
 
 
@@ -255,3 +255,28 @@ def test_explain_knows_autocast(native_of_sorts: None, monkeypatch: pytest.Monke
             explain(fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2))
         with pytest.raises(fusedrnn.BackendError, match=r"no torch.float64"):
             explain(fusedrnn.LSTM(2, 3, dtype=torch.float64), torch.zeros(4, 1, 2, dtype=torch.float64))
+
+
+def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"additive": None, "dot": None}
+    monkeypatch.setattr(select, "against", lambda name, request: kernels[request.kind])
+    query, memory = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    modules = fusedrnn.BahdanauAttention(4, 4, 6), fusedrnn.CoverageAttention(4, 4, 6)
+    for module in modules:
+        assert explain(module, query, memory).backend == explain(module).backend == "native"
+    dot = fusedrnn.LuongAttention(4, 4, "dot")
+    assert explain(dot, query, memory, None, None, True).backend == "native"
+    assert "scaled_dot_product_attention" in explain(dot, query, memory).why
+    assert explain(dot, query.clone().requires_grad_(), memory).backend == "native"
+    multihead = fusedrnn.MultiheadAttention(4, 2)
+    assert explain(multihead, query, query, query).backend == "native"
+    with torch.no_grad():
+        assert explain(multihead, query, query, query, None, False).backend == "torch"
+    assert explain(multihead, query, query, query, None, False).backend == "torch"
+    assert explain(fusedrnn.AdditiveAttention(4), [query, memory]).backend == "native"
+    assert "stock" in explain(nn.MultiheadAttention(4, 2)).why
+    kernels["additive"] = "has no attend kernels"
+    select.no_kernel.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch code runs"):
+        choice = explain(fusedrnn.BahdanauAttention(4, 4, 6), query, memory)
+    assert (choice.backend, choice.why_not["native"]) == ("torch", "has no attend kernels")

@@ -41,3 +41,21 @@ def reason(
     if time == 1 and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
         return "a single small step is bound by the overhead of the call, where torch's own is leaner"
     return None
+
+
+def attend_reason(request: select.Request, plain: bool) -> str | None:
+    """Why an attend should run as plain torch code; None if it should not.
+
+    Asked only when no backend was asked for by name.
+
+    Args:
+        plain: neither weights nor derivatives are wanted.
+    """
+    if request.kind == "dot" and plain:
+        return "torch's scaled_dot_product_attention is made for this"
+    missing = select.no_kernel(request)
+    if missing is None:
+        return None
+    if request.kind != "dot" and request.device_type != "meta":
+        select.say_once(f"fusedrnn has no fused kernel for this, plain torch code runs ({missing})")
+    return f"no fused kernel can run it ({missing})"

@@ -31,7 +31,7 @@ class Fused(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         stock = type(self).__bases__[-1]
-        if stock.__module__ != nn.RNNBase.__module__:
+        if not stock.__module__.startswith("torch.nn.modules."):
             return self  # a user's subclass, or a parametrized one: theirs to script
         shared = copy.copy(self)
         shared.__class__ = stock

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...cells import CELLS
+from . import autograd_on
 
 
 def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
@@ -125,17 +125,6 @@ def forward(
     return output, last, []
 
 
-@contextmanager
-def _autograd_on() -> Iterator[None]:
-    """Record gradients also inside an operator's implementation, below the Autograd key."""
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    include = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        yield
-
-
 def backward(
     cell: str,
     input: Tensor,
@@ -149,7 +138,7 @@ def backward(
     grad_last: Sequence[Tensor | None],
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    with _autograd_on():
+    with autograd_on():
         leaves = [t.detach().requires_grad_() for t in (input, *weights, *states)]
         w, s = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
         out, last = layer(cell, leaves[0], batch_sizes, w, s, directions)

@@ -1,0 +1,313 @@
+"""Attention over a memory, as recurrent decoders use it: Bahdanau's and Luong's.
+
+A module projects; scores, mask, softmax and context are one call of :func:`fusedrnn.attend`. See
+docs/attention.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attend import attend
+
+
+class Memory(NamedTuple):
+    """A memory whose keys are projected, so that the steps of a decoder share them.
+
+    Attributes:
+        key: ``[B, Tk, D]``.
+        value: ``[B, Tk, M]``.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+class Attention(nn.Module):
+    """What the modules over one memory share: shapes, masks, beams, cached keys.
+
+    A subclass has a ``score``, ``_project_query``, ``_project_key``, and ``_v`` or ``_scale``.
+    """
+
+    score = "additive"
+
+    def __init__(
+        self, query_size: int, memory_size: int, temperature: float = 1.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        for name, size in (("query_size", query_size), ("memory_size", memory_size)):
+            check_size(name, size)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        self.query_size = query_size
+        self.memory_size = memory_size
+        self.temperature = temperature
+        self.dropout = dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor | Memory,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from every query to one memory.
+
+        Args:
+            query: ``[B, Q]``, ``[B, Tq, Q]``, or ``[B, beams, Tq, Q]``, whose beams share a memory.
+            memory: ``[B, Tk, M]``, or what :meth:`project_memory` made of it.
+            lengths: ``[B]``, integers: how many steps of each memory exist.
+            mask: ``[B or 1, Tk]``, ``[B or 1, Tq or 1, Tk]`` or ``[B or 1, beams or 1, Tq or 1, Tk]``;
+                bool, True where a query attends, or floating, added to the scores.
+            need_weights: return the weights too.
+
+        Returns:
+            The context, shaped as the query with M for Q, and the weights, with Tk for Q, or None. A row of
+            which everything is masked gives zeros.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as :func:`fusedrnn.attend`, naming the argument.
+        """
+        self._check_query(query)
+        memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
+        return self._attend(query, memory.key, memory.value, lengths, mask, need_weights)
+
+    def project_memory(self, memory: Tensor) -> Memory:
+        """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step."""
+        if memory.dim() != 3:
+            raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")
+        if memory.shape[-1] != self.memory_size:
+            raise RuntimeError(f"memory: expected {self.memory_size} features, got {memory.shape[-1]}")
+        return Memory(self._project_key(memory), memory)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = query.shape[:-1]
+        beams, steps = (*(1, 1)[: 4 - query.dim()], *rows[1:])
+        context, weights = attend(
+            self.score,
+            self._project_query(query).reshape(rows[0], 1, beams * steps, -1),
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            self._scaled_v(),
+            mask=None if mask is None else _rows_of(mask, beams, steps),
+            lengths=lengths,
+            scale=1 / self.temperature,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+        )
+        if weights is not None:
+            weights = weights.reshape(*rows, weights.shape[-1])
+        return context.reshape(*rows, context.shape[-1]), weights
+
+    def _check_query(self, query: Tensor) -> None:
+        if not 2 <= query.dim() <= 4:
+            raise ValueError(
+                "query: expected 2 to 4 dimensions [B, Q], [B, Tq, Q] or [B, beams, Tq, Q], "
+                f"got shape {list(query.shape)}"
+            )
+        if query.shape[-1] != self.query_size:
+            raise RuntimeError(f"query: expected {self.query_size} features, got {query.shape[-1]}")
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        return query
+
+    def _project_key(self, memory: Tensor) -> Tensor:
+        return memory
+
+    def _v(self) -> Tensor | None:
+        return None
+
+    def _scaled_v(self) -> Tensor | None:
+        v = self._v()
+        return v if v is None or self.temperature == 1 else v / self.temperature
+
+    def extra_repr(self) -> str:
+        said = f"{self.query_size}, {self.memory_size}"
+        said += f", temperature={self.temperature}" if self.temperature != 1 else ""
+        return said + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def check_size(name: str, size: Any) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{name}: expected a size greater than zero, got {size}")
+
+
+def _rows_of(mask: Tensor, beams: int, steps: int) -> Tensor:
+    """A module's mask as attend's, whose queries are the steps of all beams."""
+    if not 2 <= mask.dim() <= 4:
+        raise ValueError(
+            "mask: expected 2 to 4 dimensions [B, Tk], [B, Tq, Tk] or [B, beams, Tq, Tk], "
+            f"got shape {list(mask.shape)}"
+        )
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(1)
+    if mask.shape[1:3] != (1, 1):
+        mask = mask.expand(-1, beams, steps, -1)
+    return mask.flatten(1, 2).unsqueeze(1)
+
+
+class BahdanauAttention(Attention):
+    """Additive attention: v . tanh(W_q q + W_k k + b), Bahdanau et al. 2014, arXiv 1409.0473.
+
+    With ``normalize``, v is g v / |v|: Salimans and Kingma 2016, arXiv 1602.07868, as in GNMT.
+
+    Args:
+        query_size, memory_size, hidden_size: Q, M and H.
+        normalize: learn the direction and the norm of v apart.
+        bias: b is there.
+        temperature: divides the scores.
+        dropout: of the weights, in training.
+
+    Attributes:
+        query_layer: ``nn.Linear(Q, H)``; its bias is b.
+        memory_layer: ``nn.Linear(M, H, bias=False)``.
+        v: ``[H]``; g: ``[]``, with ``normalize``, else None.
+    """
+
+    g: nn.Parameter | None
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        hidden_size: int,
+        normalize: bool = False,
+        *,
+        bias: bool = True,
+        temperature: float = 1.0,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(query_size, memory_size, temperature, dropout)
+        check_size("hidden_size", hidden_size)
+        self.query_layer = nn.Linear(query_size, hidden_size, bias, device, dtype)
+        self.memory_layer = nn.Linear(memory_size, hidden_size, False, device, dtype)
+        self.v = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        norm = torch.empty((), device=device, dtype=dtype)
+        self.register_parameter("g", nn.Parameter(norm) if normalize else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's for the layers and v; g starts at 1 / sqrt(H)."""
+        self.query_layer.reset_parameters()
+        self.memory_layer.reset_parameters()
+        bound = self.v.shape[0] ** -0.5
+        nn.init.uniform_(self.v, -bound, bound)
+        if self.g is not None:
+            nn.init.constant_(self.g, bound)
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        return self.query_layer(query)
+
+    def _project_key(self, memory: Tensor) -> Tensor:
+        return self.memory_layer(memory)
+
+    def _v(self) -> Tensor:
+        return self.v if self.g is None else self.g * self.v / self.v.norm()
+
+
+class LuongAttention(Attention):
+    """Multiplicative attention, Luong et al. 2015, arXiv 1508.04025, section 3.1.
+
+    Args:
+        query_size, memory_size: Q and M; equal for ``"dot"``.
+        score: ``"dot"``: q . k; ``"general"``: q W k; ``"concat"``: v . tanh(W [q; k]).
+        hidden_size: H, of ``"concat"`` alone.
+        scale: learn a factor g of the scores, as TensorFlow Addons does; not for ``"concat"``.
+        temperature: divides the scores.
+        dropout: of the weights, in training.
+
+    Attributes:
+        W: ``nn.Linear(Q, M, bias=False)`` (general), ``nn.Linear(Q + M, H, bias=False)`` (concat), or None.
+        v: ``[H]`` (concat) or None; g: ``[]`` or None.
+    """
+
+    W: nn.Linear | None
+    v: nn.Parameter | None
+    g: nn.Parameter | None
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        score: str = "general",
+        hidden_size: int | None = None,
+        *,
+        scale: bool = False,
+        temperature: float = 1.0,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(query_size, memory_size, temperature, dropout)
+        if score not in ("dot", "general", "concat"):
+            raise ValueError(f"score: expected one of dot, general, concat, got {score!r}")
+        if score == "dot" and query_size != memory_size:
+            raise ValueError(
+                f"query_size: expected memory_size {memory_size} for score 'dot', got {query_size}"
+            )
+        if (score == "concat") != (hidden_size is not None):
+            raise ValueError(
+                f"hidden_size: expected {'a size' if score == 'concat' else 'None'} for score {score!r}, "
+                f"got {hidden_size}"
+            )
+        if scale and score == "concat":
+            raise ValueError("scale: expected False for score 'concat', whose v holds the scale")
+        self.kind = score
+        self.score = "additive" if score == "concat" else "dot"
+        self.W = self.v = self.g = None
+        if score == "general":
+            self.W = nn.Linear(query_size, memory_size, False, device, dtype)
+        elif hidden_size is not None:
+            check_size("hidden_size", hidden_size)
+            self.W = nn.Linear(query_size + memory_size, hidden_size, False, device, dtype)
+            self.v = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        if scale:
+            self.g = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's for W and v; g starts at 1."""
+        if self.W is not None:
+            self.W.reset_parameters()
+        if self.v is not None:
+            bound = self.v.shape[0] ** -0.5
+            nn.init.uniform_(self.v, -bound, bound)
+        if self.g is not None:
+            nn.init.ones_(self.g)
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        if self.g is not None:
+            query = query * self.g
+        if self.W is None:
+            return query
+        return self.W(query) if self.v is None else F.linear(query, self.W.weight[:, : self.query_size])
+
+    def _project_key(self, memory: Tensor) -> Tensor:
+        if self.W is None or self.v is None:
+            return memory
+        return F.linear(memory, self.W.weight[:, self.query_size :])
+
+    def _v(self) -> Tensor | None:
+        return self.v
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, score={self.kind!r}"

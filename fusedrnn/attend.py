@@ -82,7 +82,13 @@ def attend(
     if needs_torch(tensors):
         backend = "torch"
     else:
-        backend = _chosen(score, query.dtype, query.device.type, plain, select.requested())
+        masked, ragged = mask is not None, lengths is not None
+        narrow = False
+        if query.shape[-1] <= hand_over.SMALL_HEAD:  # a branch settles a symbolic size
+            narrow = True
+        backend = _chosen(
+            score, query.dtype, query.device.type, plain, masked, ragged, narrow, select.requested()
+        )
     if backend != "torch":
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout > 0 else None
         return ops.attend(score, *tensors, scale, dropout, seed, need_weights, backend)
@@ -112,10 +118,19 @@ def needs_torch(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def _chosen(score: str, dtype: torch.dtype, device_type: str, plain: bool, wanted: str | None) -> str:
+def _chosen(
+    score: str,
+    dtype: torch.dtype,
+    device_type: str,
+    plain: bool,
+    masked: bool,
+    ragged: bool,
+    narrow: bool,
+    wanted: str | None,
+) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
     request = select.Request(score, dtype, device_type, "attend")
-    if wanted is None and hand_over.attend_reason(request, plain) is not None:
+    if wanted is None and hand_over.attend_reason(request, plain, masked, ragged, narrow) is not None:
         return "torch"
     return select.choose(request).backend
 

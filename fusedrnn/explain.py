@@ -58,7 +58,7 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
         return select.Choice(choice.backend, choice.why, others)
     reason = None
     if not recurrent:
-        reason = hand_over.attend_reason(request, _is_plain(module, inputs, grad))
+        reason = hand_over.attend_reason(request, *_asked(module, inputs, grad))
     elif given:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
@@ -100,15 +100,16 @@ def _sizes(module: Any, input: Any) -> tuple[int, int]:
     return (int(batch), int(time)) if module.batch_first else (int(time), int(batch))
 
 
-def _is_plain(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> bool:
-    """Whether a call wants neither weights nor derivatives of ours."""
-    signature = inspect.signature(module.forward)
-    given = signature.bind_partial(*inputs)
+def _asked(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> tuple[bool, bool, bool, bool]:
+    """What `hand_over.attend_reason` wants to know of a call."""
+    given = inspect.signature(module.forward).bind_partial(*inputs)
     given.apply_defaults()
     asked = given.arguments
+    masked = any(asked.get(name) is not None for name in ("mask", "attn_mask", "key_padding_mask"))
     # forms that carry their weights from step to step have no such argument
-    if asked.get("need_weights", asked.get("return_attention_scores", True)):
-        return False
-    if isinstance(module, nn.MultiheadAttention) and asked["key_padding_mask"] is asked["attn_mask"] is None:
-        return True
-    return not grad
+    weights = asked.get("need_weights", asked.get("return_attention_scores", True))
+    plain, ragged = not weights and not grad, asked.get("lengths") is not None
+    size: Any = getattr(module, "memory_size", 0)
+    if isinstance(module, nn.MultiheadAttention):
+        plain, size = not weights and not (masked and grad), module.head_dim
+    return plain, masked, ragged, size <= hand_over.SMALL_HEAD

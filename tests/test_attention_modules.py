@@ -7,19 +7,14 @@ import pickle
 
 import pytest
 import torch
+from attending import BACKENDS
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn.backends import select
 from fusedrnn.budget import check
 from fusedrnn.modules import Memory
 
 B, Tq, Tk, Q, M, H = 3, 4, 7, 5, 6, 17
-BACKENDS = [
-    name
-    for name in select.ORDER
-    if select.against(name, select.Request("additive", torch.float32, "cpu", "attend")) is None
-]
 FORMS = {
     "bahdanau": lambda **options: fusedrnn.BahdanauAttention(Q, M, H, **options),
     "bahdanau-normalized": lambda **options: fusedrnn.BahdanauAttention(Q, M, H, True, **options),

@@ -264,12 +264,16 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = fusedrnn.BahdanauAttention(4, 4, 6), fusedrnn.CoverageAttention(4, 4, 6)
     for module in modules:
         assert explain(module, query, memory).backend == explain(module).backend == "native"
-    dot = fusedrnn.LuongAttention(4, 4, "dot")
-    assert explain(dot, query, memory, None, None, True).backend == "native"
+    dot, lengths = fusedrnn.LuongAttention(4, 4, "dot"), torch.ones(2)
     assert "scaled_dot_product_attention" in explain(dot, query, memory).why
-    assert explain(dot, query.clone().requires_grad_(), memory).backend == "native"
+    assert "matrix products" in explain(dot, query.clone().requires_grad_(), memory).why
+    assert explain(dot, query, memory, lengths).backend == "native"
+    assert explain(dot, query, memory, None, query > 0, True).backend == "native"
+    wide = torch.zeros(2, 3, 96)
+    assert explain(fusedrnn.LuongAttention(96, 96, "dot"), wide, wide, None, None, True).backend == "native"
     multihead = fusedrnn.MultiheadAttention(4, 2)
-    assert explain(multihead, query, query, query).backend == "native"
+    assert explain(multihead, query, query, query, query > 0).backend == "native"
+    assert "matrix products" in explain(multihead, query, query, query).why
     with torch.no_grad():
         assert explain(multihead, query, query, query, None, False).backend == "torch"
     assert explain(multihead, query, query, query, None, False).backend == "torch"

@@ -151,9 +151,9 @@ def _attend_backward_fake(*args: Any) -> list[Tensor]:
 
 def call_attend(*args: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """`launch_forward` through the dispatcher."""
-    context, *rest = torch.ops.fusedrnn.attend(*args)
+    found = torch.ops.fusedrnn.attend(*args)
     need_weights = args[10]
-    return context, rest.pop(0) if need_weights else None, rest
+    return found[0], found[1] if need_weights else None, list(found[1 + need_weights :])
 
 
 def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

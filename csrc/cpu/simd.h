@@ -14,6 +14,13 @@
 namespace fusedrnn {
 namespace {
 
+// Whether a product and a sum round once, as one.
+#if defined(__SSE2__) && !defined(__FMA__)
+constexpr bool kFused = false;
+#else
+constexpr bool kFused = true;
+#endif
+
 typedef float VecF __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 
@@ -126,6 +133,17 @@ FUSEDRNN_HD VecD at_least(VecD low, VecD v) {
 #endif
 }
 
+// 1 / x for normal x whose reciprocal is normal, to about one unit in the last place.
+FUSEDRNN_HD VecF reciprocal(VecF x) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  const VecF r = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+FUSEDRNN_HD VecD reciprocal(VecD x) { return 1.0 / x; }
+
 // bf16 is loaded to and stored from float vectors, rounded to nearest even.
 typedef uint16_t VecH __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 
@@ -156,6 +174,39 @@ FUSEDRNN_HD void store(Bf16* to, VecF v, int n) {
   } else {
     __builtin_memcpy(to, &h, n * sizeof(Bf16));
   }
+}
+
+// fp16 likewise. Without instructions for it: a factor of 2^112 moves the exponent from one range to the
+// other, subnormals included, and what lies beyond the range of fp16 is infinite or NaN.
+FUSEDRNN_HD VecF load(const Half* from, int n) {
+  VecH h{};
+  __builtin_memcpy(&h, from, n * sizeof(Half));
+#if FUSEDRNN_VECTOR_BYTES == 64
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits bits = __builtin_convertvector(h, Bits), magnitude = (bits & 0x7fff) << 13;
+  const Bits finite = (Bits)((VecF)magnitude * 0x1p112f);
+  return (VecF)(((bits & 0x7fff) < 0x7c00 ? finite : magnitude | 0x7f800000) | (bits & 0x8000) << 16);
+#endif
+}
+FUSEDRNN_HD void store(Half* to, VecF v, int n) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  const VecH h = (VecH)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  const VecH h = (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits bits = (Bits)v, magnitude = bits & 0x7fffffff;
+  const Bits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const Bits subnormal = (Bits)((VecF)magnitude + 0.5f) - (Bits)(VecF{} + 0.5f);  // the sum rounds to 2^-24
+  const Bits beyond = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+  const Bits made = magnitude < (113u << 23) ? subnormal : magnitude < 0x477ff000 ? normal : beyond;
+  const VecH h = __builtin_convertvector(made | bits >> 31 << 15, VecH);
+#endif
+  __builtin_memcpy(to, &h, n * sizeof(Half));
 }
 
 // A vector of factors, and the sum of products with one of them in every lane.
@@ -208,6 +259,30 @@ FUSEDRNN_HD T sum_lanes(typename Simd<T>::V v) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) from[i] = (i + step) % W;
     v += __builtin_shuffle(v, from);
+  }
+  return v[0];
+}
+
+// Lane i is the sum of all lanes of v[i]; N is a power of two up to the width. Lanes beyond N repeat.
+template <class T, int N>
+FUSEDRNN_HD typename Simd<T>::V sum_lanes_of(typename Simd<T>::V* v) {
+  constexpr int W = Simd<T>::kWidth;
+  int count = N;
+#pragma GCC unroll 4
+  for (int segment = W; segment > 1; segment /= 2) {
+    // Each vector is W / segment segments to be summed; two vectors fold into one with twice as many.
+    const int half = segment / 2;
+    typename Simd<T>::Bits lower{};
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) lower[i] = i / half * segment + i % half;
+    const auto upper = lower + half;
+    const int folded = count > 1 ? count / 2 : 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < folded; ++i) {
+      const auto a = v[count > 1 ? 2 * i : 0], b = v[count > 1 ? 2 * i + 1 : 0];
+      v[i] = __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, upper);
+    }
+    count = folded;
   }
   return v[0];
 }

@@ -1,0 +1,182 @@
+"""The fused attention of `fusedrnn._C`: tensors to raw pointers. Shapes and formulas: csrc/cpu/attend.h.
+
+Every storage type is read and written as it is; scores, softmax and sums are fp32, of fp64 tensors fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .native import _C, unavailable
+
+__all__ = ["backward", "forward", "saved_shapes", "unavailable", "unsupported"]
+
+_SCORES = {"additive": 0, "dot": 1}  # in csrc/cpu/attend.h
+_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # in csrc/attend.cpp
+_NO_ROWS = (0, 0, 0, 0)
+
+
+def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why a request cannot run here; None if it can."""
+    if device_type != "cpu":
+        return f"has CPU kernels only, got device {device_type}"
+    if score not in _SCORES:
+        return f"has no kernel for score {score!r}"
+    if dtype not in _STORAGE:
+        return f"has kernels for float32, float64, float16 and bfloat16, got {dtype}"
+    return None
+
+
+def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[int, ...]]:
+    """The shapes of what `forward` returns as saved: in fp32, of fp64 tensors fp64."""
+    return [(batch, heads, queries), (batch, heads, queries, keys)]
+
+
+def forward(
+    score: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    need_weights: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Context, weights and what the backward needs: the log-sum-exp and the weights before dropout.
+
+    Args:
+        score: "additive", v . tanh(q + k), or "dot", scale * q . k.
+        query, key, value: [B, N, Tq, D], [B, N, Tk, D], [B, N, Tk, Dv] of one dtype.
+        v: [D], for the additive score alone.
+        mask: None, bool (True attends) or of the query's dtype (added), [B|1, N|1, Tq|1, Tk].
+        lengths: None or int64 [B]: keys at and beyond it are masked.
+        dropout, seed: the share of weights to drop, and which.
+    """
+    dtype = query.dtype
+    (batch, heads, queries, _), keys, values = query.shape, key.shape[2], value.shape[3]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    context = query.new_empty((batch, heads, queries, values))
+    weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
+    saved = (
+        [query.new_empty(s, dtype=wide) for s in saved_shapes(batch, heads, queries, keys)] if save else []
+    )
+    if context.numel() or keys:
+        shared, alive = _shared(score, query, key, value, v, lengths, scale, dropout, seed)
+        kind, masked = 0, _NO_ROWS
+        if mask is not None:
+            if mask.shape[3] > 1 and mask.stride(3) != 1:
+                mask = mask.contiguous()
+            kind = 1 if mask.dtype is torch.bool else 2
+            strides = [0 if n == 1 else stride for n, stride in zip(mask.shape[:3], mask.stride())]
+            masked = (mask.data_ptr(), strides[0], strides[1], strides[2])
+        outputs = (
+            context.data_ptr(),
+            0 if weights is None else weights.data_ptr(),
+            saved[0].data_ptr() if save else 0,
+            saved[1].data_ptr() if save else 0,
+        )
+        _C.attend_forward(_STORAGE[dtype], torch.get_num_threads(), (*shared, kind, *masked, *outputs))
+        del alive
+    return context, weights, saved
+
+
+def backward(
+    score: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    context: Tensor,
+    saved: Sequence[Tensor],
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, v and of an added mask, each in its own shape; None where not needed.
+
+    Reads `saved` and leaves it as it is.
+    """
+    dtype = query.dtype
+    batch, heads, _, width = query.shape
+    probabilities = saved[1]
+    no_values = grad_context is None
+    d_query = query.new_empty(query.shape) if needs[0] else None
+    d_key = key.new_empty(key.shape) if needs[1] else None
+    d_value = (value.new_zeros if no_values else value.new_empty)(value.shape) if needs[2] else None
+    d_v = probabilities.new_empty((batch * heads, width)) if needs[3] else None
+    d_scores = torch.empty_like(probabilities)
+    dropped = torch.empty_like(probabilities) if dropout > 0 else None
+    shared, alive = _shared(score, query, key, value, v, lengths, scale, dropout, seed)
+    grads = [None if g is None else _readable(g) for g in (grad_context, grad_weights)]
+    fields = (
+        *shared,
+        probabilities.data_ptr(),
+        *(part for g in grads for part in (_NO_ROWS if g is None else _rows(g))),
+        d_scores.data_ptr(),
+        *(_pointer(t) for t in (dropped, d_query, d_key, None if no_values else d_value, d_v)),
+    )
+    _C.attend_backward(_STORAGE[dtype], torch.get_num_threads(), fields)
+    del alive
+    d_mask = None
+    if needs[4] and mask is not None:
+        d_mask = d_scores.sum_to_size(mask.shape).to(dtype)
+    return d_query, d_key, d_value, None if d_v is None else d_v.sum(0).to(dtype), d_mask
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """With contiguous columns."""
+    return tensor if tensor.shape[3] <= 1 or tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    strides = tensor.stride()
+    return tensor.data_ptr(), strides[0], strides[1], strides[2]
+
+
+def _shared(
+    score: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    v: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
+    """The fields of csrc/cpu/attend.h's Attend, and the tensors that have to stay alive for them."""
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    v = v if v is None else v.contiguous()
+    lengths = lengths if lengths is None else lengths.contiguous()
+    fields = (
+        _SCORES[score],
+        *query.shape[:3],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
+        *_rows(query),
+        *_rows(key),
+        *_rows(value),
+        _pointer(v),
+        _pointer(lengths),
+        scale if score == "dot" else 1.0,
+        dropout,
+        seed,
+    )
+    return fields, (query, key, value, v, lengths)

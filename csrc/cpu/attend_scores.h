@@ -16,7 +16,7 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// f(Constant<R>, first row) for blocks of R = Most rows, then of fewer: powers of two.
+// f(Constant<R>, first row) for blocks of R rows, R = Most, then the powers of two below; Most is 1, 2 or 4.
 template <int Most, class F>
 FUSEDRNN_HD void for_row_blocks(int64_t rows, F f) {
   int64_t i = 0;

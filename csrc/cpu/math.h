@@ -101,7 +101,7 @@ struct VectorMath {
 
   // exp(x) - 1, which from kSaturated on is as good as infinite to a tanh, and below -kSaturated is -1.
   static FUSEDRNN_HD V expm1_saturated(V x) {
-    const auto e = split_exp<T>(-at_least(splat(-C::kSaturated), -at_least(splat(-C::kSaturated), x)));
+    const auto e = split_exp<T>(at_most(splat(C::kSaturated), at_least(splat(-C::kSaturated), x)));
     return e.scale * e.p + (e.scale - splat(1));
   }
 

@@ -113,25 +113,24 @@ FUSEDRNN_HD void store_masked(T* to, typename Simd<T>::V v, int n) {
 
 #endif
 
-// The larger of each lane; where a lane of v is NaN it stays so. Compilers make two instructions of the comparison.
-FUSEDRNN_HD VecF at_least(VecF low, VecF v) {
+// The larger or the smaller of each lane; where a lane of v is NaN it stays so. Compilers make two instructions
+// of the comparison.
 #if FUSEDRNN_VECTOR_BYTES == 64
-  return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v);
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v); }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)low, (__m512d)v); }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)v); }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)high, (__m512d)v); }
 #elif FUSEDRNN_VECTOR_BYTES == 32
-  return (VecF)_mm256_max_ps((__m256)low, (__m256)v);
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return (VecF)_mm256_max_ps((__m256)low, (__m256)v); }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return (VecD)_mm256_max_pd((__m256d)low, (__m256d)v); }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return (VecF)_mm256_min_ps((__m256)high, (__m256)v); }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return (VecD)_mm256_min_pd((__m256d)high, (__m256d)v); }
 #else
-  return low > v ? low : v;
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return low > v ? low : v; }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return low > v ? low : v; }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return high < v ? high : v; }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return high < v ? high : v; }
 #endif
-}
-FUSEDRNN_HD VecD at_least(VecD low, VecD v) {
-#if FUSEDRNN_VECTOR_BYTES == 64
-  return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)low, (__m512d)v);
-#elif FUSEDRNN_VECTOR_BYTES == 32
-  return (VecD)_mm256_max_pd((__m256d)low, (__m256d)v);
-#else
-  return low > v ? low : v;
-#endif
-}
 
 // 1 / x for normal x whose reciprocal is normal, to about one unit in the last place.
 FUSEDRNN_HD VecF reciprocal(VecF x) {

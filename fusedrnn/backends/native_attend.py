@@ -53,7 +53,8 @@ def forward(
 
     Args:
         score: "additive", v . tanh(q + k), or "dot", scale * q . k.
-        query, key, value: [B, N, Tq, D], [B, N, Tk, D], [B, N, Tk, Dv] of one dtype.
+        query, key, value: [B, N, Tq, D], [B, N, Tk, D], [B, N, Tk, Dv] of one dtype. Here and in all others
+            the last dimension is contiguous.
         v: [D], for the additive score alone.
         mask: None, bool (True attends) or of the query's dtype (added), [B|1, N|1, Tq|1, Tk].
         lengths: None or int64 [B]: keys at and beyond it are masked.
@@ -64,26 +65,22 @@ def forward(
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     context = query.new_empty((batch, heads, queries, values))
     weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
-    saved = (
-        [query.new_empty(s, dtype=wide) for s in saved_shapes(batch, heads, queries, keys)] if save else []
+    shapes = saved_shapes(batch, heads, queries, keys) if save else []
+    saved = [query.new_empty(shape, dtype=wide) for shape in shapes]
+    kind, masked = 0, _NO_ROWS
+    if mask is not None:
+        kind = 1 if mask.dtype is torch.bool else 2
+        strides = [0 if n == 1 else stride for n, stride in zip(mask.shape[:3], mask.stride())]
+        masked = (mask.data_ptr(), strides[0], strides[1], strides[2])
+    fields = (
+        *_shared(score, query, key, value, v, lengths, scale, dropout, seed),
+        kind,
+        *masked,
+        context.data_ptr(),
+        _pointer(weights),
+        *(map(_pointer, saved) if save else (0, 0)),
     )
-    if context.numel() or keys:
-        shared, alive = _shared(score, query, key, value, v, lengths, scale, dropout, seed)
-        kind, masked = 0, _NO_ROWS
-        if mask is not None:
-            if mask.shape[3] > 1 and mask.stride(3) != 1:
-                mask = mask.contiguous()
-            kind = 1 if mask.dtype is torch.bool else 2
-            strides = [0 if n == 1 else stride for n, stride in zip(mask.shape[:3], mask.stride())]
-            masked = (mask.data_ptr(), strides[0], strides[1], strides[2])
-        outputs = (
-            context.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            saved[0].data_ptr() if save else 0,
-            saved[1].data_ptr() if save else 0,
-        )
-        _C.attend_forward(_STORAGE[dtype], torch.get_num_threads(), (*shared, kind, *masked, *outputs))
-        del alive
+    _C.attend_forward(_STORAGE[dtype], torch.get_num_threads(), fields)
     return context, weights, saved
 
 
@@ -116,19 +113,16 @@ def backward(
     d_key = key.new_empty(key.shape) if needs[1] else None
     d_value = (value.new_zeros if no_values else value.new_empty)(value.shape) if needs[2] else None
     d_v = probabilities.new_empty((batch * heads, width)) if needs[3] else None
-    d_scores = torch.empty_like(probabilities)
-    dropped = torch.empty_like(probabilities) if dropout > 0 else None
-    shared, alive = _shared(score, query, key, value, v, lengths, scale, dropout, seed)
-    grads = [None if g is None else _readable(g) for g in (grad_context, grad_weights)]
+    d_scores = probabilities.new_empty(probabilities.shape)
+    dropped = probabilities.new_empty(probabilities.shape) if dropout > 0 else None
     fields = (
-        *shared,
+        *_shared(score, query, key, value, v, lengths, scale, dropout, seed),
         probabilities.data_ptr(),
-        *(part for g in grads for part in (_NO_ROWS if g is None else _rows(g))),
+        *(part for g in (grad_context, grad_weights) for part in (_NO_ROWS if g is None else _rows(g))),
         d_scores.data_ptr(),
         *(_pointer(t) for t in (dropped, d_query, d_key, None if no_values else d_value, d_v)),
     )
     _C.attend_backward(_STORAGE[dtype], torch.get_num_threads(), fields)
-    del alive
     d_mask = None
     if needs[4] and mask is not None:
         d_mask = d_scores.sum_to_size(mask.shape).to(dtype)
@@ -137,11 +131,6 @@ def backward(
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """With contiguous columns."""
-    return tensor if tensor.shape[3] <= 1 or tensor.stride(3) == 1 else tensor.contiguous()
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
@@ -159,12 +148,9 @@ def _shared(
     scale: float,
     dropout: float,
     seed: int,
-) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
-    """The fields of csrc/cpu/attend.h's Attend, and the tensors that have to stay alive for them."""
-    query, key, value = _readable(query), _readable(key), _readable(value)
-    v = v if v is None else v.contiguous()
-    lengths = lengths if lengths is None else lengths.contiguous()
-    fields = (
+) -> tuple[float, ...]:
+    """The fields of csrc/cpu/attend.h's Attend."""
+    return (
         _SCORES[score],
         *query.shape[:3],
         key.shape[2],
@@ -179,4 +165,3 @@ def _shared(
         dropout,
         seed,
     )
-    return fields, (query, key, value, v, lengths)

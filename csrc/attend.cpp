@@ -83,7 +83,7 @@ void read(Fields& f, AttendBackward<S>& a) {
   a.d_query = f.pointer<S>();
   a.d_key = f.pointer<S>();
   a.d_value = f.pointer<S>();
-  a.d_v = f.pointer<T>();
+  a.d_v = f.pointer<S>();
 }
 
 template <class Arguments>

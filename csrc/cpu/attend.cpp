@@ -109,7 +109,7 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
 }
 
 template <class S>
-void run_attend(const Kernels& k, const AttendBackward<S>& a, int threads) {
+void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
   using T = Acc<S>;
   const AttendFunctions<S>& f = functions_of<S>(k.attend);
   threads = threads_for(a, threads);
@@ -119,6 +119,8 @@ void run_attend(const Kernels& k, const AttendBackward<S>& a, int threads) {
   const bool columns = a.d_query || a.d_key || a.d_v;
   const Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
                            threads);
+  const Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
+  a.d_v_of_heads = of_heads.of(0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     T* const mine = scratch.of(omp_get_thread_num());
@@ -133,11 +135,12 @@ void run_attend(const Kernels& k, const AttendBackward<S>& a, int threads) {
       f.value_gradients(a, i / groups, part_of(a.values, 4 * f.width, i % groups, groups));
     }
   }
+  if (a.d_v) f.sum_heads(a);
 }
 
 #define FUSEDRNN_INSTANTIATE(S)                                               \
   template void run_attend<S>(const Kernels&, const AttendForward<S>&, int); \
-  template void run_attend<S>(const Kernels&, const AttendBackward<S>&, int);
+  template void run_attend<S>(const Kernels&, AttendBackward<S>, int);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 FUSEDRNN_INSTANTIATE(Bf16)

@@ -67,7 +67,8 @@ struct AttendBackward : Attend<S> {
   S* d_query;                 // [B, N, Tq, D]
   S* d_key;                   // [B, N, Tk, D]
   S* d_value;                 // [B, N, Tk, Dv]
-  T* d_v;                     // [B, N, D] to be summed; null unless the score has a v
+  S* d_v;                     // [D]
+  T* d_v_of_heads;            // [B, N, D], null if d_v is
 };
 
 // `head` is b * N + n. Scratch is aligned to 64 bytes.
@@ -84,11 +85,13 @@ struct AttendFunctions {
   // d_scores, and the weights after dropout.
   void (*score_gradients)(const AttendBackward<S>&, int64_t head, Slice queries,
                           T* scratch /*score_scratch(Dv)*/);
-  // A vector of columns of d_query, d_key and d_v, from `column` on.
+  // A vector of columns of d_query, d_key and d_v_of_heads, from `column` on.
   void (*column_gradients)(const AttendBackward<S>&, int64_t head, int64_t column,
                            T* scratch /*column_scratch()*/);
   // Columns of d_value.
   void (*value_gradients)(const AttendBackward<S>&, int64_t head, Slice columns);
+  // d_v from d_v_of_heads.
+  void (*sum_heads)(const AttendBackward<S>&);
   int width;  // values of a vector
 };
 

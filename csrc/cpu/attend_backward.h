@@ -22,7 +22,7 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
     if (!a.d_context.data) __builtin_memset(d_scores, 0, sizeof(T) * keys);
     if (a.d_weights.data) {
       const S* more = of_head(a.d_weights, a.heads, head).row(i);
-      for_vectors<T>(keys, [&](int64_t j, int n) { store(d_scores + j, load(d_scores + j, n) + load(more + j, n), n); });
+      for_vectors<T>(keys, [&](int64_t j, auto n) { store(d_scores + j, load(d_scores + j, n) + load(more + j, n), n); });
     }
     if (a.dropout > 0) {
       const Dropout dropout = Dropout::of(a);
@@ -30,9 +30,9 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
       dropout.apply((first + i) * a.keys, keys, d_scores, d_scores);
     }
     V sums{};
-    for_vectors<T>(keys, [&](int64_t j, int n) { sums += load(p + j, n) * load(d_scores + j, n); });
+    for_vectors<T>(keys, [&](int64_t j, auto n) { sums += load(p + j, n) * load(d_scores + j, n); });
     const V mean = splat(sum_lanes<T>(sums));
-    for_vectors<T>(keys, [&](int64_t j, int n) { store(d_scores + j, load(p + j, n) * (load(d_scores + j, n) - mean), n); });
+    for_vectors<T>(keys, [&](int64_t j, auto n) { store(d_scores + j, load(p + j, n) * (load(d_scores + j, n) - mean), n); });
     __builtin_memset(d_scores + keys, 0, sizeof(T) * (a.keys - keys));
   }
 }
@@ -101,7 +101,7 @@ void column_gradients(const AttendBackward<S>& a, int64_t head, int64_t column, 
   const V scale = splat(static_cast<T>(a.scale)), factor = a.v ? load(a.v + column, lanes) * scale : scale;
   if (a.d_query) store_columns(a.queries, dq, factor, lanes, a.d_query + head * a.queries * a.width + column, a.width);
   if (a.d_key) store_columns(a.keys, dk, factor, lanes, a.d_key + head * a.keys * a.width + column, a.width);
-  if (a.d_v) store(a.d_v + head * a.width + column, load(dv) * scale, lanes);
+  if (a.d_v) store(a.d_v_of_heads + head * a.width + column, load(dv) * scale, lanes);
 }
 
 template <class S>
@@ -116,8 +116,19 @@ void value_gradients(const AttendBackward<S>& a, int64_t head, Slice columns) {
 }
 
 template <class S>
+void sum_heads(const AttendBackward<S>& a) {
+  using T = Acc<S>;
+  for_vectors<T>(a.width, [&](int64_t column, auto n) {
+    typename Simd<T>::V sum{};
+    for (int64_t head = 0; head < a.batch * a.heads; ++head) sum += load(a.d_v_of_heads + head * a.width + column, n);
+    store(a.d_v + column, sum, n);
+  });
+}
+
+template <class S>
 constexpr AttendFunctions<S> attend_functions() {
-  return {scores<S>, context<S>, score_gradients<S>, column_gradients<S>, value_gradients<S>, Simd<Acc<S>>::kWidth};
+  return {scores<S>,          context<S>,   score_gradients<S>,  column_gradients<S>,
+          value_gradients<S>, sum_heads<S>, Simd<Acc<S>>::kWidth};
 }
 
 constexpr AttendKernels attend_kernels() {

@@ -39,12 +39,12 @@ struct Dropout {
   }
 };
 
-// out[j] = f(in[j]) in vectors, the last one in part.
+// f(j, lanes) for vectors of [0, n), the last one in part; `lanes` is a constant of the others.
 template <class T, class F>
 FUSEDRNN_HD void for_vectors(int64_t n, F f) {
   constexpr int W = Simd<T>::kWidth;
   int64_t j = 0;
-  for (; j + W <= n; j += W) f(j, W);
+  for (; j + W <= n; j += W) f(j, Constant<W>{});
   if (j < n) f(j, static_cast<int>(n - j));
 }
 
@@ -60,13 +60,13 @@ FUSEDRNN_HD void finish_scores(const AttendForward<S>& a, int64_t head, int64_t 
                                const Acc<S>* from, Acc<S>* to) {
   using T = Acc<S>;
   const T scale = static_cast<T>(a.scale), none = -__builtin_inf();
-  for_vectors<T>(keys, [&](int64_t j, int n) { store(to + j, load(from + j, n) * scale, n); });
+  for_vectors<T>(keys, [&](int64_t j, auto n) { store(to + j, load(from + j, n) * scale, n); });
   if (a.mask_kind == kBoolMask) {
     const uint8_t* mask = of_head(a.bool_mask, a.heads, head).row(query);
     for (int64_t j = 0; j < keys; ++j) to[j] = mask[j] ? to[j] : none;
   } else if (a.mask_kind == kAddedMask) {
     const S* mask = of_head(a.added_mask, a.heads, head).row(query);
-    for_vectors<T>(keys, [&](int64_t j, int n) { store(to + j, load(to + j, n) + load(mask + j, n), n); });
+    for_vectors<T>(keys, [&](int64_t j, auto n) { store(to + j, load(to + j, n) + load(mask + j, n), n); });
   }
 }
 
@@ -77,18 +77,18 @@ FUSEDRNN_HD T softmax(int64_t keys, T* row) {
   constexpr int W = Simd<T>::kWidth;
   const T none = -__builtin_inf();
   V most = splat(none);
-  for_vectors<T>(keys, [&](int64_t j, int n) { most = at_least(most, fill_lanes(load(row + j, n), n, none)); });
+  for_vectors<T>(keys, [&](int64_t j, auto n) { most = at_least(most, fill_lanes(load(row + j, n), n, none)); });
   T largest = none;
   for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
   const T shift = largest == none ? T{0} : largest;
   V sums{};
-  for_vectors<T>(keys, [&](int64_t j, int n) {
+  for_vectors<T>(keys, [&](int64_t j, auto n) {
     const V p = Math<V>::exp(load(row + j, n) - shift);
     store(row + j, p, n);
     sums += keep_lanes<T>(p, n);
   });
   const T sum = sum_lanes<T>(sums), factor = sum == 0 ? T{0} : 1 / sum;
-  for_vectors<T>(keys, [&](int64_t j, int n) { store(row + j, load(row + j, n) * factor, n); });
+  for_vectors<T>(keys, [&](int64_t j, auto n) { store(row + j, load(row + j, n) * factor, n); });
   return shift + static_cast<T>(__builtin_log(static_cast<double>(sum)));
 }
 
@@ -163,12 +163,12 @@ void context(const AttendForward<S>& a, int64_t head, Slice queries, Slice colum
     if (first && a.lse) a.lse[query] = lse;
     if (first && a.probabilities) {
       T* saved = a.probabilities + query * a.keys;
-      for_vectors<T>(keys, [&](int64_t j, int n) { store(saved + j, load(row + j, n), n); });
+      for_vectors<T>(keys, [&](int64_t j, auto n) { store(saved + j, load(row + j, n), n); });
     }
     if (a.dropout > 0) Dropout::of(a).apply(query * a.keys, keys, row, row);
     if (first && a.weights) {
       S* weights = a.weights + query * a.keys;
-      for_vectors<T>(keys, [&](int64_t j, int n) { store(weights + j, load(row + j, n), n); });
+      for_vectors<T>(keys, [&](int64_t j, auto n) { store(weights + j, load(row + j, n), n); });
       __builtin_memset(static_cast<void*>(weights + keys), 0, sizeof(S) * (a.keys - keys));
     }
   }

@@ -8,6 +8,6 @@ namespace fusedrnn {
 template <class S>
 void run_attend(const Kernels& k, const AttendForward<S>& a, int threads);
 template <class S>
-void run_attend(const Kernels& k, const AttendBackward<S>& a, int threads);
+void run_attend(const Kernels& k, AttendBackward<S> a, int threads);
 
 }  // namespace fusedrnn

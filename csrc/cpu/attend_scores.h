@@ -14,6 +14,7 @@ namespace {
 template <int N>
 struct Constant {
   static constexpr int value = N;
+  constexpr operator int() const { return N; }
 };
 
 // f(Constant<R>, first row) for blocks of R rows, R = Most, then the powers of two below; Most is 1, 2 or 4.
@@ -100,6 +101,27 @@ constexpr int kScoreRows = kRegisters == 32 ? 4 : 2;
 template <class T>
 constexpr int kScoreKeys = Simd<T>::kWidth < 4 ? Simd<T>::kWidth : 4;
 
+// The sums of all lanes, `count` of each row.
+template <class T, int R>
+FUSEDRNN_HD void store_sums(const typename Simd<T>::V* sum /*[R, C]*/, int count, T* out /*[R, keys]*/, int64_t stride) {
+  constexpr int C = kScoreKeys<T>;
+  if constexpr (R * C == Simd<T>::kWidth && R > 1) {
+    const auto all = sum_lanes_of<T, R * C>(sum);
+    T values[R * C];
+    store(values, all);
+    for (int r = 0; r < R; ++r) {
+      if (count == C) {
+        __builtin_memcpy(out + r * stride, values + r * C, sizeof(T) * C);
+      } else {
+        for (int c = 0; c < count; ++c) out[r * stride + c] = values[r * C + c];
+      }
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(out + r * stride, sum_lanes_of<T, C>(sum + r * C), count);
+  }
+}
+
 template <class Score, class T, int R>
 FUSEDRNN_HD void score_tile(int64_t blocks, const T* q /*[R, blocks, parts, W]*/, int64_t keys,
                             const T* k /*[keys, blocks, parts, W]*/, const T* v /*[blocks, W]*/,
@@ -112,7 +134,7 @@ FUSEDRNN_HD void score_tile(int64_t blocks, const T* q /*[R, blocks, parts, W]*/
     const T* key[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) key[c] = k + (j + (c < count ? c : 0)) * row;
-    V sum[R][C] = {};
+    V sum[R * C] = {};
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t at = block * P * W;
       const V weight = Score::kWeighted ? load(v + block * W) : V{};
@@ -127,11 +149,10 @@ FUSEDRNN_HD void score_tile(int64_t blocks, const T* q /*[R, blocks, parts, W]*/
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) mine[p] = load(q + r * row + at + p * W);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] = Score::add(mine, parts[c], weight, sum[r][c]);
+        for (int c = 0; c < C; ++c) sum[r * C + c] = Score::add(mine, parts[c], weight, sum[r * C + c]);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(out + r * out_stride + j, sum_lanes_of<T, C>(sum[r]), count);
+    store_sums<T, R>(sum, count, out + j, out_stride);
   }
 }
 

@@ -262,28 +262,25 @@ FUSEDRNN_HD T sum_lanes(typename Simd<T>::V v) {
   return v[0];
 }
 
-// Lane i is the sum of all lanes of v[i]; N is a power of two up to the width. Lanes beyond N repeat.
-template <class T, int N>
-FUSEDRNN_HD typename Simd<T>::V sum_lanes_of(typename Simd<T>::V* v) {
-  constexpr int W = Simd<T>::kWidth;
-  int count = N;
-#pragma GCC unroll 4
-  for (int segment = W; segment > 1; segment /= 2) {
-    // Each vector is W / segment segments to be summed; two vectors fold into one with twice as many.
-    const int half = segment / 2;
+// Lane i is the sum of all segments of v[i], of which a vector has `Segment` lanes each; N is a power of two up
+// to the width. Two vectors fold into one with twice as many segments. Lanes beyond N repeat.
+template <class T, int N, int Segment = Simd<T>::kWidth>
+FUSEDRNN_HD typename Simd<T>::V sum_lanes_of(const typename Simd<T>::V* v) {
+  if constexpr (Segment == 1) {
+    return v[0];
+  } else {
+    constexpr int W = Simd<T>::kWidth, kHalf = Segment / 2, kFolded = N > 1 ? N / 2 : 1;
     typename Simd<T>::Bits lower{};
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) lower[i] = i / half * segment + i % half;
-    const auto upper = lower + half;
-    const int folded = count > 1 ? count / 2 : 1;
+    for (int i = 0; i < W; ++i) lower[i] = i / kHalf * Segment + i % kHalf;
+    typename Simd<T>::V folded[kFolded];
 #pragma GCC unroll 8
-    for (int i = 0; i < folded; ++i) {
-      const auto a = v[count > 1 ? 2 * i : 0], b = v[count > 1 ? 2 * i + 1 : 0];
-      v[i] = __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, upper);
+    for (int i = 0; i < kFolded; ++i) {
+      const auto a = v[N > 1 ? 2 * i : 0], b = v[N > 1 ? 2 * i + 1 : 0];
+      folded[i] = __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + kHalf);
     }
-    count = folded;
+    return sum_lanes_of<T, kFolded, kHalf>(folded);
   }
-  return v[0];
 }
 
 // The first n lanes; the others read as 0 and are never touched in memory.

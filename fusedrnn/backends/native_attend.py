@@ -105,28 +105,28 @@ def backward(
 
     Reads `saved` and leaves it as it is.
     """
-    dtype = query.dtype
-    batch, heads, _, width = query.shape
     probabilities = saved[1]
-    no_values = grad_context is None
     d_query = query.new_empty(query.shape) if needs[0] else None
     d_key = key.new_empty(key.shape) if needs[1] else None
-    d_value = (value.new_zeros if no_values else value.new_empty)(value.shape) if needs[2] else None
-    d_v = probabilities.new_empty((batch * heads, width)) if needs[3] else None
+    d_value = value.new_empty(value.shape) if needs[2] and grad_context is not None else None
+    d_v = v.new_empty(v.shape) if needs[3] and v is not None else None
     d_scores = probabilities.new_empty(probabilities.shape)
     dropped = probabilities.new_empty(probabilities.shape) if dropout > 0 else None
     fields = (
         *_shared(score, query, key, value, v, lengths, scale, dropout, seed),
         probabilities.data_ptr(),
-        *(part for g in (grad_context, grad_weights) for part in (_NO_ROWS if g is None else _rows(g))),
+        *(_NO_ROWS if grad_context is None else _rows(grad_context)),
+        *(_NO_ROWS if grad_weights is None else _rows(grad_weights)),
         d_scores.data_ptr(),
-        *(_pointer(t) for t in (dropped, d_query, d_key, None if no_values else d_value, d_v)),
+        *map(_pointer, (dropped, d_query, d_key, d_value, d_v)),
     )
-    _C.attend_backward(_STORAGE[dtype], torch.get_num_threads(), fields)
+    _C.attend_backward(_STORAGE[query.dtype], torch.get_num_threads(), fields)
+    if needs[2] and grad_context is None:
+        d_value = value.new_zeros(value.shape)
     d_mask = None
     if needs[4] and mask is not None:
-        d_mask = d_scores.sum_to_size(mask.shape).to(dtype)
-    return d_query, d_key, d_value, None if d_v is None else d_v.sum(0).to(dtype), d_mask
+        d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
+    return d_query, d_key, d_value, d_v, d_mask
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -48,10 +48,10 @@ struct Tiles {
   }
 };
 
-// The i-th of `parts` shares of [0, n), whole multiples of `unit`.
+// The i-th of `parts` shares of [0, n), whole multiples of `unit`; if any is empty, the last ones are.
 Slice part_of(int64_t n, int64_t unit, int64_t i, int64_t parts) {
   const int64_t units = ceil_div(n, unit);
-  return {std::min(units * i / parts * unit, n), std::min(units * (i + 1) / parts * unit, n)};
+  return {std::min(ceil_div(units * i, parts) * unit, n), std::min(ceil_div(units * (i + 1), parts) * unit, n)};
 }
 
 // Scratch of `elements` for each of some threads, on cache lines of their own.

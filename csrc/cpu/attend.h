@@ -46,29 +46,29 @@ struct Attend {
 template <class S>
 struct AttendForward : Attend<S> {
   using T = Acc<S>;
-  int mask_kind;            // MaskKind
+  int mask_kind;                  // MaskKind
   Rows<const uint8_t> bool_mask;  // [B, N, Tq, Tk], not 0 where a query attends; strides of 0 where it is one
   Rows<const S> added_mask;       // likewise
-  S* context;               // [B, N, Tq, Dv]
-  S* weights;               // [B, N, Tq, Tk] after dropout, or null
-  T* lse;                   // [B, N, Tq] log of the sum of the scores' exponentials, or null
-  T* probabilities;         // [B, N, Tq, Tk] before dropout, unset beyond a length; or null
+  S* context;                     // [B, N, Tq, Dv]
+  S* weights;                     // [B, N, Tq, Tk] after dropout, or null
+  T* lse;                         // [B, N, Tq] log of the sum of the scores' exponentials, or null
+  T* probabilities;               // [B, N, Tq, Tk] before dropout, unset beyond a length; or null
 };
 
 // Gradients that are null are not wanted.
 template <class S>
 struct AttendBackward : Attend<S> {
   using T = Acc<S>;
-  const T* probabilities;     // [B, N, Tq, Tk] as the forward left them
-  Rows<const S> d_context;    // [B, N, Tq, Dv] or null
-  Rows<const S> d_weights;    // [B, N, Tq, Tk] or null
-  T* d_scores;                // [B, N, Tq, Tk] zero beyond a length
-  T* weights;                 // [B, N, Tq, Tk] after dropout; null without dropout
-  S* d_query;                 // [B, N, Tq, D]
-  S* d_key;                   // [B, N, Tk, D]
-  S* d_value;                 // [B, N, Tk, Dv]
-  S* d_v;                     // [D]
-  T* d_v_of_heads;            // [B, N, D], null if d_v is
+  const T* probabilities;   // [B, N, Tq, Tk] as the forward left them
+  Rows<const S> d_context;  // [B, N, Tq, Dv] or null
+  Rows<const S> d_weights;  // [B, N, Tq, Tk] or null
+  T* d_scores;              // [B, N, Tq, Tk] zero beyond a length
+  T* weights;               // [B, N, Tq, Tk] after dropout; null without dropout
+  S* d_query;               // [B, N, Tq, D]
+  S* d_key;                 // [B, N, Tk, D]
+  S* d_value;               // [B, N, Tk, Dv]
+  S* d_v;                   // [D]
+  T* d_v_of_heads;          // [B, N, D], null if d_v is
 };
 
 // `head` is b * N + n. Scratch is aligned to 64 bytes.

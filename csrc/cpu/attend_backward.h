@@ -22,7 +22,9 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
     if (!a.d_context.data) __builtin_memset(d_scores, 0, sizeof(T) * keys);
     if (a.d_weights.data) {
       const S* more = of_head(a.d_weights, a.heads, head).row(i);
-      for_vectors<T>(keys, [&](int64_t j, auto n) { store(d_scores + j, load(d_scores + j, n) + load(more + j, n), n); });
+      for_vectors<T>(keys, [&](int64_t j, auto n) {
+        store(d_scores + j, load(d_scores + j, n) + load(more + j, n), n);
+      });
     }
     if (a.dropout > 0) {
       const Dropout dropout = Dropout::of(a);
@@ -32,7 +34,9 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
     V sums{};
     for_vectors<T>(keys, [&](int64_t j, auto n) { sums += load(p + j, n) * load(d_scores + j, n); });
     const V mean = splat(sum_lanes<T>(sums));
-    for_vectors<T>(keys, [&](int64_t j, auto n) { store(d_scores + j, load(p + j, n) * (load(d_scores + j, n) - mean), n); });
+    for_vectors<T>(keys, [&](int64_t j, auto n) {
+      store(d_scores + j, load(p + j, n) * (load(d_scores + j, n) - mean), n);
+    });
     __builtin_memset(d_scores + keys, 0, sizeof(T) * (a.keys - keys));
   }
 }

@@ -103,7 +103,8 @@ constexpr int kScoreKeys = Simd<T>::kWidth < 4 ? Simd<T>::kWidth : 4;
 
 // The sums of all lanes, `count` of each row.
 template <class T, int R>
-FUSEDRNN_HD void store_sums(const typename Simd<T>::V* sum /*[R, C]*/, int count, T* out /*[R, keys]*/, int64_t stride) {
+FUSEDRNN_HD void store_sums(const typename Simd<T>::V* sum /*[R, C]*/, int count, T* out /*[R, keys]*/,
+                             int64_t stride) {
   constexpr int C = kScoreKeys<T>;
   if constexpr (R * C == Simd<T>::kWidth && R > 1) {
     const auto all = sum_lanes_of<T, R * C>(sum);

@@ -47,7 +47,7 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     if isinstance(data, Tensor):
         train = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *module.parameters()))
         sizes = _sizes(module, first)
-        function = request.cell + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
+        function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         reason = hand_over.reason(function, device_type, dtype, *sizes, module.hidden_size, train)
         if reason is not None:
             against = {name: select.against(name, request) for name in select.ORDER}

@@ -14,9 +14,10 @@ import torch
 import torch._C._functorch as functorch
 from torch import Tensor
 
-from .backends import reference
+from .backends.reference import layer as reference
 from .cells import CELLS
-from .operators import Grads, any_grad, call_layer, launch_backward, launch_forward, split
+from .operators import Grads, any_grad
+from .operators.layer import call_layer, launch_backward, launch_forward, split
 
 # ---- eager fast path ---------------------------------------------------------------------------
 

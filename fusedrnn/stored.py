@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import modules
 from .backends import native
+from .backends.native import layer as kernels
 from .cells import CELLS
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -155,7 +156,7 @@ def _pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
             if kind in own:
                 packed[i], scales[i] = _stored(own[kind], found[own[kind]], 1 if i == 2 else gates, storage)
         biases = [
-            native._pack((found[own[kind]] if kind in own else no_bias)[:, None], "rows", gates)
+            kernels._pack((found[own[kind]] if kind in own else no_bias)[:, None], "rows", gates)
             for kind in ("bias_ih", "bias_hh")
         ]
         inputs = spec.proj if k else spec.inputs
@@ -173,8 +174,8 @@ def _stored(name: str, weight: Tensor, gates: int, storage: str) -> tuple[Tensor
             raise ValueError(f"weights: int8 has no value for what {name} holds, which is not finite")
         scale = _scale(weight)
         weight = (weight / scale).round()
-        scale = native._pack(scale / 65536, "rows", gates)
-    packed = native._pack(weight, "rows", gates)
+        scale = kernels._pack(scale / 65536, "rows", gates)
+    packed = kernels._pack(weight, "rows", gates)
     if storage != "fp32":
         k = weight.shape[1]
         packed = packed.to(_DTYPES[storage]).view(-1, k, gates * native._C.width(0))

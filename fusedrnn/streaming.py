@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from . import functional
 from .backends import native, select
+from .backends.native import layer as kernels
 from .stored import STORAGES, Pack, parameters, pointer, rounded, shared_pack, spec_of, stride
 
 # From this many multiply-adds on, two threads are faster than one. Measured: docs/streaming.md.
@@ -177,7 +178,7 @@ class Stepper:
             scratch = [None if t is None else t[k] for t in (states[0], new, states[1])]
             layers.append((*fields, *map(pointer, scratch), pointer(raw)))
         memory = (pack, self._buffers, new, raw, self._output)
-        number, storage = native._CELLS[spec.cell].number, STORAGES.index(self._weights)
+        number, storage = kernels._CELLS[spec.cell].number, STORAGES.index(self._weights)
         shape = (batch, spec.hidden, spec.proj, *strides)
         return native._C.stepper(
             pack.watch,

@@ -5,7 +5,8 @@ import torch
 
 import fusedrnn
 from fusedrnn import ops
-from fusedrnn.backends import native, reference, select
+from fusedrnn.backends import native, select
+from fusedrnn.backends.reference import layer as reference
 
 LEVELS = [] if native.unavailable() else native._C.isa_levels()
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends import native, reference
+from fusedrnn.backends import native
+from fusedrnn.backends.native import layer
+from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import ROUNDED_RUNS, compare
 from fusedrnn.testing import assert_parity, draw_inputs
 
@@ -93,7 +95,7 @@ def expected(cell, *shape, dtype=torch.float32, **options):
 
 def check(cell, *shape, **options):
     args, grads, exact, runs = expected(cell, *shape, **options)
-    ours = everything(native, cell, *args, grads)
+    ours = everything(layer, cell, *args, grads)
     n, s = len(args[2]), len(args[3])
     names = ["output", *(f"last {i}" for i in range(s)), "grad input"]
     names += [*(f"grad weight {i}" for i in range(n)), *(f"grad state {i}" for i in range(s))]
@@ -161,9 +163,9 @@ def test_long_sums_stay_within_the_budget():
 @pytest.mark.parametrize("cell", GATES)
 def test_fp16_is_fp32_rounded_once(cell):
     args = problem(cell, 33, 3, 5, directions=2, dtype=torch.float16)
-    output, last, _ = native.forward(cell, *args, False)
+    output, last, _ = layer.forward(cell, *args, False)
     wide = [[t.float() for t in tensors] for tensors in ([args[0]], *args[2:4])]
-    wide = native.forward(cell, wide[0][0], None, *wide[1:], 2, False)
+    wide = layer.forward(cell, wide[0][0], None, *wide[1:], 2, False)
     for ours, exact in zip([output, *last], [wide[0], *wide[1]]):
         assert ours.dtype is torch.float16
         assert torch.equal(ours, exact.to(torch.float16))
@@ -207,18 +209,18 @@ def test_saved_has_the_shapes_it_says():
     for cell in GATES:
         for proj in (0, 4) if cell == "lstm" else (0,):
             args = problem(cell, 9, 3, 4, directions=2, proj=proj, ragged=True)
-            saved = native.forward(cell, *args, True)[2]
-            shapes = native.saved_shapes(cell, 2, args[0].shape[0], 9, bool(proj))
+            saved = layer.forward(cell, *args, True)[2]
+            shapes = layer.saved_shapes(cell, 2, args[0].shape[0], 9, bool(proj))
             assert [tuple(t.shape) for t in saved] == shapes
-            assert native.forward(cell, *args, False)[2] == []
+            assert layer.forward(cell, *args, False)[2] == []
 
 
 def test_what_is_not_needed_is_not_computed():
     args = problem("lstm", 9, 3, 4, directions=2)
-    output, last, saved = native.forward("lstm", *args, True)
+    output, last, saved = layer.forward("lstm", *args, True)
     x, sizes, weights, states, _ = args
     needs = (False, [i == 1 for i in range(8)], [False, True])
-    found = native.backward("lstm", x, sizes, weights, states, 2, output, saved, None, [None, last[1]], needs)
+    found = layer.backward("lstm", x, sizes, weights, states, 2, output, saved, None, [None, last[1]], needs)
     assert found[0] is None
     assert [g is not None for g in found[1]] == needs[1]
     assert [g is not None for g in found[2]] == needs[2]
@@ -227,11 +229,11 @@ def test_what_is_not_needed_is_not_computed():
 def test_empty_batch():
     for cell in GATES:
         args = problem(cell, 9, 0, 4)
-        output, last, saved = native.forward(cell, *args, True)
+        output, last, saved = layer.forward(cell, *args, True)
         assert output.shape == (4, 0, 9)
         assert [s.shape for s in last] == [s.shape for s in args[3]]
         needs = (True, [True] * 4, [True] * len(last))
-        grads = native.backward(cell, *args, output, saved, output, last, needs)
+        grads = layer.backward(cell, *args, output, saved, output, last, needs)
         assert all((g == 0).all() for g in grads[1])
 
 
@@ -239,7 +241,7 @@ def test_empty_batch():
 def test_nan_and_inf_stay_in_their_row(cell, level):
     x, sizes, weights, states, directions = problem(cell, 33, 7, 5)
     x[1, 2], x[1, 4] = torch.nan, torch.inf
-    output = native.forward(cell, x, sizes, weights, states, directions, False)[0]
+    output = layer.forward(cell, x, sizes, weights, states, directions, False)[0]
     expected = reference.forward(cell, x, sizes, weights, states, directions, False)[0]
     torch.testing.assert_close(output, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
     assert output[1:, 2].isnan().all()
@@ -250,11 +252,11 @@ def test_nan_and_inf_stay_in_their_row(cell, level):
 def test_long_sequences():
     """T beyond 65,535, where 16-bit grids end."""
     args = problem("gru", 4, 1, 100_001)
-    output, last, _ = native.forward("gru", *args, False)
+    output, last, _ = layer.forward("gru", *args, False)
     assert output.isfinite().all()
     assert torch.equal(output[-1], last[0][0])
     tail = (args[0][-50:], None, args[2], [output[-51][None]], 1)
-    torch.testing.assert_close(native.forward("gru", *tail, False)[0], output[-50:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.forward("gru", *tail, False)[0], output[-50:], rtol=1e-5, atol=1e-6)
 
 
 # ---- exp, sigmoid, tanh ------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def test_fp64_functions(function, level):
 
 
 def run(args):
-    return native.forward("lstm", *args, False)[0]
+    return layer.forward("lstm", *args, False)[0]
 
 
 @pytest.mark.parametrize(
@@ -354,13 +356,13 @@ def test_packs_live_in_a_side_table_and_die_with_the_weight():
     run(args)
     weight = args[2][1]
     number = id(weight)
-    assert number in native._table
+    assert number in layer._table
     assert not vars(weight)
-    pack = native._table[number].packs["rows"][1]
+    pack = layer._table[number].packs["rows"][1]
     run(args)
-    assert native._table[number].packs["rows"][1] is pack
+    assert layer._table[number].packs["rows"][1] is pack
     del weight, args
-    assert number not in native._table
+    assert number not in layer._table
 
 
 def test_inference_tensors():
@@ -398,7 +400,7 @@ def test_levels():
 
 
 def test_what_is_unsupported_has_a_reason():
-    assert native.unsupported("lstm", torch.float32, "cpu") is None
-    assert "cuda" in native.unsupported("lstm", torch.float32, "cuda")
-    assert "int" in native.unsupported("lstm", torch.int32, "cpu")
-    assert "slstm" in native.unsupported("slstm", torch.float32, "cpu")
+    assert layer.unsupported("lstm", torch.float32, "cpu") is None
+    assert "cuda" in layer.unsupported("lstm", torch.float32, "cuda")
+    assert "int" in layer.unsupported("lstm", torch.int32, "cpu")
+    assert "slstm" in layer.unsupported("slstm", torch.float32, "cpu")

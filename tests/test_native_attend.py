@@ -5,11 +5,12 @@ import functools
 import pytest
 import torch
 
-from fusedrnn.backends import native_attend
+from fusedrnn.backends import native
+from fusedrnn.backends.native import attend
 from fusedrnn.budget import check
 
-if native_attend.unavailable():
-    pytest.skip(native_attend.unavailable(), allow_module_level=True)
+if native.unavailable():
+    pytest.skip(native.unavailable(), allow_module_level=True)
 
 SCORES = ["additive", "dot"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -103,16 +104,16 @@ def by_torch(score, args, scale, grads, dtype, **dropout):
 
 
 def run(score, args, scale=1.0, *, weights=False, save=False):
-    return native_attend.forward(score, *args, scale, 0.0, 0, weights, save)
+    return attend.forward(score, *args, scale, 0.0, 0, weights, save)
 
 
 def by_kernel(score, args, scale, grads, dropout=0.0, seed=0):
     query, key, value, v, mask, lengths = args
     call = (score, query, key, value, v, mask, lengths, scale, dropout, seed)
-    context, weights, saved = native_attend.forward(*call, True, True)
+    context, weights, saved = attend.forward(*call, True, True)
     copies = [t.clone() for t in saved]
     needs = (True, True, True, v is not None, mask is not None and mask.is_floating_point())
-    found = native_attend.backward(*call, context, saved, *grads, needs)
+    found = attend.backward(*call, context, saved, *grads, needs)
     assert [g is not None for g in found] == list(needs)
     assert all(torch.equal(a, b) for a, b in zip(saved, copies) if not a.isnan().any()), "wrote into saved"
     results = {"context": context, "weights": weights}
@@ -186,9 +187,7 @@ def test_a_row_without_keys_is_zero(score, poisoned):
         for name in ["context", "weights", "grad query", "grad key", "grad value"]:
             assert not ours[name][1].any(), name
             assert ours[name][0].any(), name
-        lse = native_attend.forward(score, query, key, value, v, mask, lengths, 1.0, 0.0, 0, False, True)[2][
-            0
-        ]
+        lse = attend.forward(score, query, key, value, v, mask, lengths, 1.0, 0.0, 0, False, True)[2][0]
         assert (lse[1] == -INF).all()
         assert lse[0].isfinite().all()
 
@@ -197,7 +196,7 @@ def test_a_row_without_keys_is_zero(score, poisoned):
 def test_saved_is_what_it_says(score):
     args = problem(score, (2, 3, 5, 9, 17, 4), "bool")
     _, weights, (lse, before) = run(score, args, 0.3, weights=True, save=True)
-    assert [lse.shape, before.shape] == [torch.Size(s) for s in native_attend.saved_shapes(2, 3, 5, 9)]
+    assert [lse.shape, before.shape] == [torch.Size(s) for s in attend.saved_shapes(2, 3, 5, 9)]
     torch.testing.assert_close(before, weights)
     wide = [t if t is None or not t.is_floating_point() else t.double() for t in args]
     _, _, (exact, _) = run(score, wide, 0.3, save=True)
@@ -246,7 +245,7 @@ def test_equal_scores(score, dtype, level):
         query, key = (torch.full((1, 2, n, 33), size, dtype=dtype) for n in (5, 100))
         value = torch.randn(1, 2, 100, 7, dtype=dtype)
         v = torch.randn(33, dtype=dtype) if score == "additive" else None
-        context, weights, _ = native_attend.forward(
+        context, weights, _ = attend.forward(
             score, query, key, value, v, None, None, 1.0, 0.0, 0, True, False
         )
         torch.testing.assert_close(weights, torch.full_like(weights, 0.01))
@@ -259,9 +258,7 @@ def test_opposite_large_inputs_cancel(level):
     for shift in (15.0, 1000.0):
         args = query.round() + shift, key.round() - shift, value, v, None, None
         moved = run("additive", args, weights=True)
-        plain = native_attend.forward(
-            "additive", query.round(), key.round(), *args[2:], 1.0, 0.0, 0, True, False
-        )
+        plain = attend.forward("additive", query.round(), key.round(), *args[2:], 1.0, 0.0, 0, True, False)
         torch.testing.assert_close(moved[0], plain[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moved[1], plain[1], rtol=1e-5, atol=1e-6)
 
@@ -296,9 +293,7 @@ def test_every_fp16_is_read_and_written_right(level):
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     one = torch.ones(1, 1, 2, 1, dtype=torch.float16)
     value = torch.stack([patterns, patterns.flip(0)])[None, None]
-    mean = native_attend.forward(
-        "dot", one[:, :, :1], one, value, None, None, None, 1.0, 0.0, 0, False, False
-    )[0]
+    mean = attend.forward("dot", one[:, :, :1], one, value, None, None, None, 1.0, 0.0, 0, False, False)[0]
     exact = (value.float() * 0.5).sum(2, keepdim=True).half()
     assert torch.equal(mean.isnan(), exact.isnan())
     assert torch.equal(mean.nan_to_num(0, 7, 8), exact.nan_to_num(0, 7, 8))
@@ -320,7 +315,7 @@ def test_empty(score, empty, poisoned):
 
 
 def test_what_is_unsupported_has_a_reason():
-    assert native_attend.unsupported("dot", torch.float16, "cpu") is None
-    assert "cuda" in native_attend.unsupported("dot", torch.float32, "cuda")
-    assert "int" in native_attend.unsupported("dot", torch.int32, "cpu")
-    assert "cosine" in native_attend.unsupported("cosine", torch.float32, "cpu")
+    assert attend.unsupported("dot", torch.float16, "cpu") is None
+    assert "cuda" in attend.unsupported("dot", torch.float32, "cuda")
+    assert "int" in attend.unsupported("dot", torch.int32, "cpu")
+    assert "cosine" in attend.unsupported("cosine", torch.float32, "cpu")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fusedrnn import ops
-from fusedrnn.backends import reference, select
+from fusedrnn.backends import select
+from fusedrnn.backends.reference import layer as reference
 from fusedrnn.cells import CELLS
 
 T, B, I, H = 3, 2, 3, 4

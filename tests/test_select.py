@@ -46,7 +46,9 @@ def native_of_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
     native = select.get("native")
     monkeypatch.setattr(native, "unavailable", lambda: None)
     monkeypatch.setattr(
-        native, "unsupported", lambda cell, dtype, device: "has no GRU" if cell == "gru" else None
+        select.kernels("native", "layer"),
+        "unsupported",
+        lambda cell, dtype, device: "has no GRU" if cell == "gru" else None,
     )
 
 
@@ -244,7 +246,7 @@ def test_explain_a_stock_module_and_what_is_none() -> None:
 
 
 def test_explain_knows_autocast(native_of_sorts: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = select.get("native")
+    native = select.kernels("native", "layer")
     monkeypatch.setattr(native, "unsupported", lambda cell, dtype, device: f"no {dtype}")
     with torch.autocast("cpu", torch.bfloat16), fusedrnn.use_backend("native"):
         with pytest.raises(fusedrnn.BackendError, match=r"no torch.bfloat16"):

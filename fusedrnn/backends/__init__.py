@@ -1,1 +1,1 @@
-"""Backends that can run a layer. `select` picks one; they never import each other."""
+"""Backends: each has a file per operation. `select` picks one; they never import each other."""

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ NAMES = (*ORDER, "torch")
 class Request(NamedTuple):
     """What the choice depends on. Sizes decide only whether torch's own path is faster."""
 
-    cell: str
+    kind: str  # the cell of a layer, the score of an attend
     dtype: torch.dtype
     device_type: str
+    operation: str = "layer"  # or "attend"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class BackendError(RuntimeError):
 def get(name: str) -> ModuleType:
     """The module of a backend of ORDER."""
     return import_module(f"{__package__}.{name}")
+
+
+@cache
+def kernels(name: str, operation: str) -> ModuleType:
+    """What a backend of ORDER runs an operation with.
+
+    Raises:
+        ModuleNotFoundError: it has nothing for this operation.
+    """
+    return import_module(f"{__package__}.{name}.{operation}")
 
 
 def _checked(name: str | None) -> str | None:
@@ -92,8 +104,13 @@ def against(name: str, request: Request) -> str | None:
     """Why a backend cannot run a request; None if it can."""
     if name == "torch":
         return None
-    backend = get(name)
-    return backend.unavailable() or backend.unsupported(request.cell, request.dtype, request.device_type)
+    reason = get(name).unavailable()
+    if reason is not None:
+        return reason
+    if find_spec(f"{__package__}.{name}.{request.operation}") is None:
+        return f"has no {request.operation} kernels"
+    backend = kernels(name, request.operation)
+    return backend.unsupported(request.kind, request.dtype, request.device_type)
 
 
 @cache

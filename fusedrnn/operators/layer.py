@@ -1,30 +1,26 @@
-"""The torch.library operators `fusedrnn::layer` and `fusedrnn::layer_backward`: schemas, launches,
-fakes, and autograd of every order. This is what torch.compile and torch.export record.
-"""
+"""`fusedrnn::layer` and `fusedrnn::layer_backward`."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import reference, select
-from .cells import CELLS
+from ..backends import select
+from ..backends.reference import layer as reference
+from ..cells import CELLS
+from . import Grads, accumulation, lib, second_order, without_autocast
 
-Grads = list[Tensor | None]
-
-_lib = torch.library.Library("fusedrnn", "DEF")
 # Lists are flat so that one schema serves every cell: layer returns
 # [output, *last_states, *saved]; layer_backward returns one gradient per
 # [input, *weights, *states], an empty tensor where `needs` is false.
-_lib.define(
+lib.define(
     "layer(Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor[] states, str cell,"
     " int directions, bool save, str backend) -> Tensor[]"
 )
-_lib.define(
+lib.define(
     "layer_backward(Tensor? grad_output, Tensor[] grad_last, Tensor input, Tensor? batch_sizes,"
     " Tensor[] weights, Tensor[] states, Tensor output, Tensor[] saved, str cell, int directions,"
     " str backend, bool[] needs) -> Tensor[]"
@@ -38,26 +34,12 @@ def split(flat: Sequence[Any], weights: int) -> tuple[Any, list[Any], list[Any]]
 # ---- launches ----------------------------------------------------------------------------------
 
 
-def _without_autocast(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """The dtype was settled when the call was made; backward() may run inside somebody's autocast."""
-
-    @functools.wraps(launch)
-    def wrapper(*args: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
-            return launch(*args)
-        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device_type, enabled=False):
-            return launch(*args)
-
-    return wrapper
-
-
 def _memory(tensor: Tensor | None) -> Tensor | None:
     """A tensor whose memory holds its values: contiguous, and not lazily negated."""
     return None if tensor is None else tensor.contiguous().resolve_neg()
 
 
-@_without_autocast
+@without_autocast
 def launch_forward(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -68,7 +50,7 @@ def launch_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    return select.get(backend).forward(
+    return select.kernels(backend, "layer").forward(
         cell,
         input.contiguous(),
         batch_sizes,
@@ -79,7 +61,7 @@ def launch_forward(
     )
 
 
-@_without_autocast
+@without_autocast
 def launch_backward(
     grad_output: Tensor | None,
     grad_last: Sequence[Tensor | None],
@@ -94,7 +76,7 @@ def launch_backward(
     backend: str,
     needs: Sequence[bool],
 ) -> Grads:
-    grad_input, grad_weights, grad_states = select.get(backend).backward(
+    grad_input, grad_weights, grad_states = select.kernels(backend, "layer").backward(
         cell,
         input.contiguous(),
         batch_sizes,
@@ -148,18 +130,14 @@ def _layer_backward_impl(
     ]
 
 
-_lib.impl("layer", _layer_impl, "CompositeExplicitAutograd")
-_lib.impl("layer_backward", _layer_backward_impl, "CompositeExplicitAutograd")
+lib.impl("layer", _layer_impl, "CompositeExplicitAutograd")
+lib.impl("layer_backward", _layer_backward_impl, "CompositeExplicitAutograd")
 
 
 # ---- fakes -------------------------------------------------------------------------------------
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-@torch.library.register_fake("fusedrnn::layer", lib=_lib)
+@torch.library.register_fake("fusedrnn::layer", lib=lib)
 def _layer_fake(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -178,12 +156,12 @@ def _layer_fake(
     saved = []
     if save:
         n = rows[0] if len(rows) == 1 else rows[0] * rows[1]
-        shapes = select.get(backend).saved_shapes(cell, directions, n, hidden, proj)
-        saved = [input.new_empty(shape, dtype=_accumulation(input.dtype)) for shape in shapes]
+        shapes = select.kernels(backend, "layer").saved_shapes(cell, directions, n, hidden, proj)
+        saved = [input.new_empty(shape, dtype=accumulation(input.dtype)) for shape in shapes]
     return [output, *last, *saved]
 
 
-@torch.library.register_fake("fusedrnn::layer_backward", lib=_lib)
+@torch.library.register_fake("fusedrnn::layer_backward", lib=lib)
 def _layer_backward_fake(
     grad_output: Tensor | None,
     grad_last: list[Tensor],
@@ -273,42 +251,23 @@ def _layer_backward_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any,
     """Second order, by the reference: differentiate its first-order gradient."""
     n_weights, n_states, n_saved = ctx.counts
     flat = list(ctx.saved_tensors)
-    with torch.enable_grad(), torch.autocast(flat[0].device.type, enabled=False):
-        # Aliases, so that only the direct dependence on each argument counts even where one
-        # argument was computed from another, and so that the third order reaches the originals.
-        alias = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in flat]
-        head = alias[:1] if ctx.has_grad_output else []
-        grad_last = alias[len(head) : len(head) + n_states]
-        input, weights, states = split(alias[len(head) + n_states :], n_weights)
+    head = flat.pop(0) if ctx.has_grad_output else None
+    grad_last, tensors = flat[:n_states], flat[n_states:]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        input, weights, states = split(tensors, n_weights)
         output, last = reference.layer(ctx.cell, input, ctx.batch_sizes, weights, states, ctx.directions)
-        first_in = [t for t, need in zip((input, *weights, *states), ctx.op_needs) if need]
-        first = torch.autograd.grad(
-            [*([output] if head else []), *last], first_in, [*head, *grad_last], create_graph=True
-        )
-        kept = [(f, g) for f, g in zip(first, [g for g, n in zip(grads, ctx.op_needs) if n]) if g is not None]
-        found: list[Tensor | None] = [None] * len(alias)
-        if kept:
-            found = list(
-                torch.autograd.grad(
-                    [f for f, _ in kept], alias, [g for _, g in kept],
-                    create_graph=torch.is_grad_enabled() and any_grad(flat, grads),
-                    allow_unused=True,
-                )
-            )  # fmt: skip
-    grad_head = found[0] if head else None
-    n_head = len(head)
-    grad_input, grad_weights, grad_states = split(found[n_head + n_states :], n_weights)
+        return (output, *last)
+
+    (grad_head, *grad_grad_last), found = second_order(run, [head, *grad_last], tensors, ctx.op_needs, grads)
+    grad_input, grad_weights, grad_states = split(found, n_weights)
     return (
-        grad_head, found[n_head : n_head + n_states], grad_input, None, grad_weights, grad_states,
+        grad_head, grad_grad_last, grad_input, None, grad_weights, grad_states,
         None, [None] * n_saved, None, None, None, None,
     )  # fmt: skip
 
 
-def any_grad(*groups: Sequence[Tensor | None]) -> bool:
-    return any(t is not None and t.requires_grad for group in groups for t in group)
-
-
-torch.library.register_autograd("fusedrnn::layer", _layer_grad, setup_context=_layer_setup, lib=_lib)
+torch.library.register_autograd("fusedrnn::layer", _layer_grad, setup_context=_layer_setup, lib=lib)
 torch.library.register_autograd(
-    "fusedrnn::layer_backward", _layer_backward_grad, setup_context=_layer_backward_setup, lib=_lib
+    "fusedrnn::layer_backward", _layer_backward_grad, setup_context=_layer_backward_setup, lib=lib
 )

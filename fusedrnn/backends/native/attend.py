@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .native import _C, unavailable
-
-__all__ = ["backward", "forward", "saved_shapes", "unavailable", "unsupported"]
+from . import _C, _pointer, _sums, no_kernel
 
 _SCORES = {"additive": 0, "dot": 1}  # in csrc/cpu/attend.h
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # in csrc/attend.cpp
@@ -21,13 +19,9 @@ _NO_ROWS = (0, 0, 0, 0)
 
 def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:
     """Why a request cannot run here; None if it can."""
-    if device_type != "cpu":
-        return f"has CPU kernels only, got device {device_type}"
     if score not in _SCORES:
         return f"has no kernel for score {score!r}"
-    if dtype not in _STORAGE:
-        return f"has kernels for float32, float64, float16 and bfloat16, got {dtype}"
-    return None
+    return no_kernel(dtype, device_type)
 
 
 def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[int, ...]]:
@@ -62,11 +56,10 @@ def forward(
     """
     dtype = query.dtype
     (batch, heads, queries, _), keys, values = query.shape, key.shape[2], value.shape[3]
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
     context = query.new_empty((batch, heads, queries, values))
     weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
     shapes = saved_shapes(batch, heads, queries, keys) if save else []
-    saved = [query.new_empty(shape, dtype=wide) for shape in shapes]
+    saved = [query.new_empty(shape, dtype=_sums(dtype)) for shape in shapes]
     kind, masked = 0, _NO_ROWS
     if mask is not None:
         kind = 1 if mask.dtype is torch.bool else 2
@@ -127,10 +120,6 @@ def backward(
     if needs[4] and mask is not None:
         d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
     return d_query, d_key, d_value, d_v, d_mask
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int]:

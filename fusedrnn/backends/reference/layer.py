@@ -1,8 +1,4 @@
-"""The layer in plain torch: any device, any floating dtype, differentiable to any order.
-
-It is the oracle in fp64, the composite behind double backward, jvp, and the path that
-runs where no kernel does.
-"""
+"""The layer in plain torch: the time loop."""
 
 from __future__ import annotations
 
@@ -12,11 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
-
-
-def unavailable() -> str | None:
-    return None
+from ...cells import CELLS
 
 
 def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:

@@ -192,9 +192,10 @@ def test_a_row_without_keys_is_zero(score, poisoned):
         assert lse[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["bool", "lengths"])
 @pytest.mark.parametrize("score", SCORES)
-def test_saved_is_what_it_says(score):
-    args = problem(score, (2, 3, 5, 9, 17, 4), "bool")
+def test_saved_is_what_it_says(score, kind, poisoned):
+    args = problem(score, (2, 3, 5, 9, 17, 4), kind)
     _, weights, (lse, before) = run(score, args, 0.3, weights=True, save=True)
     assert [lse.shape, before.shape] == [torch.Size(s) for s in attend.saved_shapes(2, 3, 5, 9)]
     torch.testing.assert_close(before, weights)

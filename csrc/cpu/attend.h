@@ -52,7 +52,7 @@ struct AttendForward : Attend<S> {
   S* context;                     // [B, N, Tq, Dv]
   S* weights;                     // [B, N, Tq, Tk] after dropout, or null
   T* lse;                         // [B, N, Tq] log of the sum of the scores' exponentials, or null
-  T* probabilities;               // [B, N, Tq, Tk] before dropout, unset beyond a length; or null
+  T* probabilities;               // [B, N, Tq, Tk] before dropout, or null
 };
 
 // Gradients that are null are not wanted.

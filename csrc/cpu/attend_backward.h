@@ -19,7 +19,7 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
   }
   for (int64_t i = queries.begin; i < queries.end; ++i, d_scores += a.keys) {
     const T* p = a.probabilities + (first + i) * a.keys;
-    if (!a.d_context.data) __builtin_memset(d_scores, 0, sizeof(T) * keys);
+    if (!a.d_context.data) clear(d_scores, 0, keys);
     if (a.d_weights.data) {
       const S* more = of_head(a.d_weights, a.heads, head).row(i);
       for_vectors<T>(keys, [&](int64_t j, auto n) {
@@ -37,7 +37,7 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
     for_vectors<T>(keys, [&](int64_t j, auto n) {
       store(d_scores + j, load(p + j, n) * (load(d_scores + j, n) - mean), n);
     });
-    __builtin_memset(d_scores + keys, 0, sizeof(T) * (a.keys - keys));
+    clear(d_scores, keys, a.keys);
   }
 }
 
@@ -87,7 +87,7 @@ void column_gradients(const AttendBackward<S>& a, int64_t head, int64_t column, 
   const Slice columns{column, column + lanes};
   T *prepared_q = scratch, *prepared_k = prepared_q + a.queries * kMostParts * W;
   T *dq = prepared_k + keys.end * kMostParts * W, *dk = dq + a.queries * W;  // [Tq, W], [Tk, W] zero beyond a length
-  __builtin_memset(dq, 0, sizeof(T) * (a.queries + a.keys) * W);
+  clear(dq, 0, (a.queries + a.keys) * W);
   T dv[W] = {};
   const T* g = a.d_scores + head * a.queries * a.keys;
   with_score(a, q, queries, k, keys, columns, [&](auto score) {
@@ -115,7 +115,7 @@ void value_gradients(const AttendBackward<S>& a, int64_t head, Slice columns) {
   S* out = a.d_value + head * a.keys * a.values;
   weighted_sums<S>(keys, a.queries, weights, 1, a.keys, of_head(a.d_context, a.heads, head), columns, out, a.values);
   for (int64_t j = keys; j < a.keys; ++j) {
-    __builtin_memset(static_cast<void*>(out + j * a.values + columns.begin), 0, sizeof(S) * columns.size());
+    clear(out + j * a.values, columns.begin, columns.end);
   }
 }
 

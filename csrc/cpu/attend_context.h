@@ -54,6 +54,12 @@ FUSEDRNN_HD typename Simd<T>::V fill_lanes(typename Simd<T>::V v, int n, T rest)
   return v;
 }
 
+// The part of a row beyond a length.
+template <class X>
+FUSEDRNN_HD void clear(X* row, int64_t from, int64_t to) {
+  __builtin_memset(static_cast<void*>(row + from), 0, sizeof(X) * (to - from));
+}
+
 // Scaled and masked, from scores as the tiles made them.
 template <class S>
 FUSEDRNN_HD void finish_scores(const AttendForward<S>& a, int64_t head, int64_t query, int64_t keys,
@@ -164,12 +170,13 @@ void context(const AttendForward<S>& a, int64_t head, Slice queries, Slice colum
     if (first && a.probabilities) {
       T* saved = a.probabilities + query * a.keys;
       for_vectors<T>(keys, [&](int64_t j, auto n) { store(saved + j, load(row + j, n), n); });
+      clear(saved, keys, a.keys);
     }
     if (a.dropout > 0) Dropout::of(a).apply(query * a.keys, keys, row, row);
     if (first && a.weights) {
       S* weights = a.weights + query * a.keys;
       for_vectors<T>(keys, [&](int64_t j, auto n) { store(weights + j, load(row + j, n), n); });
-      __builtin_memset(static_cast<void*>(weights + keys), 0, sizeof(S) * (a.keys - keys));
+      clear(weights, keys, a.keys);
     }
   }
   S* out = a.context + (head * a.queries + queries.begin) * a.values;

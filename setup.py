@@ -36,10 +36,13 @@ ISA_FLAGS = {
     "scan_avx2.cpp": AVX2,
     "scan_avx512.cpp": AVX512,
     "scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "attend_avx2.cpp": AVX2,
+    "attend_avx512.cpp": AVX512,
 }
 SOURCES = [
-    *("csrc/bindings.cpp", "csrc/stepper.cpp"),
-    *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/barrier.cpp", "csrc/cpu/scan_portable.cpp"),
+    *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/attend.cpp"),
+    *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/attend.cpp", "csrc/cpu/barrier.cpp"),
+    *("csrc/cpu/scan_portable.cpp", "csrc/cpu/attend_portable.cpp"),
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += [f"csrc/cpu/{name}" for name in ISA_FLAGS]

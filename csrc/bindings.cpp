@@ -11,6 +11,7 @@ namespace py = pybind11;
 using namespace fusedrnn;
 
 void bind_stepper(py::module_& m);
+void bind_attend(py::module_& m);
 
 namespace {
 
@@ -181,4 +182,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &supported_levels);
   m.def("cpu_features", &cpu_features);
   bind_stepper(m);
+  bind_attend(m);
 }

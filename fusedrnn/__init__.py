@@ -2,7 +2,7 @@
 
 from ._dynamo import make_traceable
 from .attend import attend
-from .backends.select import BackendError, recompute, use_backend
+from .backends.select import BackendError, use_backend
 from .enable import disable, enable
 from .explain import explain
 from .modules import (
@@ -22,6 +22,7 @@ from .modules import (
     RNNCell,
 )
 from .replace import replace
+from .saving import recompute
 from .streaming import Stepper, streaming
 
 __all__ = [

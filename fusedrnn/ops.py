@@ -14,7 +14,7 @@ import torch
 import torch._C._functorch as functorch
 from torch import Tensor
 
-from .backends import select
+from . import saving
 from .backends.reference import attend as reference_attend
 from .backends.reference import layer as reference
 from .operators import Grads, any_grad
@@ -230,13 +230,13 @@ class _Layer:
 
     def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         output, last, saved = layer_operator.launch_forward(
-            *self._split(tensors), self.cell, self.directions, save and select.saving(), self.backend
+            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend
         )
         return (output, *last), saved
 
     def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
         output, last, _ = layer_operator.call_layer(
-            *self._split(tensors), self.cell, self.directions, save and select.saving(), self.backend
+            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend
         )
         return (output, *last)
 

@@ -7,12 +7,13 @@ import torch
 
 import fusedrnn
 from fusedrnn import ops
-from fusedrnn.backends import select
+from fusedrnn.backends import native, select
 from fusedrnn.backends.reference import layer as reference
 
 # Triton reads it where a kernel is defined, so before any test imports one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+LEVELS = [] if native.unavailable() else native._C.isa_levels()
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +25,28 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[name for name in LEVELS if not name.endswith("bf16")])
+def level(request):
+    native._C.set_isa(request.param)
+    yield request.param
+    native._C.set_isa("")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that is allocated without a value is full of NaN."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
+    )
+
+
 @pytest.fixture
 def fused():
     """A backend for every call, asked for by name: what fits no kernel would be an error."""
-    native = select.get("native").unavailable() is None
-    with fusedrnn.use_backend("native" if native else "reference"):
+    with fusedrnn.use_backend("native" if select.get("native").unavailable() is None else "reference"):
         yield
 
 

@@ -33,7 +33,10 @@ def setup_globals(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="the ISA-specific files are for x86-64")
-@pytest.mark.parametrize("name", ["scan_avx2.cpp", "scan_avx512.cpp", "scan_avx512bf16.cpp"])
+@pytest.mark.parametrize(
+    "name",
+    ["scan_avx2.cpp", "scan_avx512.cpp", "scan_avx512bf16.cpp", "attend_avx2.cpp", "attend_avx512.cpp"],
+)
 def test_isa_files_have_no_weak_symbols(name, tmp_path, monkeypatch):
     """The linker keeps one copy of a weak symbol: it may be the one that an old CPU cannot run."""
     found = setup_globals(monkeypatch)

@@ -21,13 +21,6 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 LEVELS = _C.isa_levels()
 
 
-@pytest.fixture(params=[name for name in LEVELS if not name.endswith("bf16")])
-def level(request):
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa("")
-
-
 @pytest.fixture(params=LEVELS)
 def bf16_level(request):
     """Also the levels that differ in products of bf16 only."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import saving
 from fusedrnn.backends import select
 from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import check
@@ -130,10 +131,10 @@ def test_recompute(cell, schedule):
     with fusedrnn.recompute(), planned(schedule), together(schedule):
         for lengths in (None, [3, 1, 2]):
             assert_parity(module, inputs=draw_inputs(module, time=3, batch=3, lengths=lengths))
-    everything = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, select.EVERYTHING)
-    little = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, select.LITTLE)
+    everything = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.EVERYTHING)
+    little = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.LITTLE)
     assert little == [row for row in everything if row[0][-1] == 17]
-    assert select.saving() == select.EVERYTHING
+    assert saving.saving() == saving.EVERYTHING
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

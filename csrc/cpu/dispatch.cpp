@@ -9,14 +9,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "barrier.h"
+#include "buffer.h"
 
 namespace fusedrnn {
 namespace {
@@ -69,17 +68,6 @@ const Kernels& named(const std::string& name, const char* argument) {
 }
 
 std::atomic<const Kernels*> current{nullptr};
-
-struct Free {
-  void operator()(void* p) const { free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-Buffer allocate(int64_t bytes) {
-  void* p = nullptr;
-  if (posix_memalign(&p, 64, static_cast<size_t>(std::max<int64_t>(bytes, 64))) != 0) throw std::bad_alloc();
-  return Buffer(static_cast<char*>(p));
-}
 
 enum class Split { kRows, kUnits };
 

@@ -5,6 +5,7 @@
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
+#include "attend.h"
 #include "backward.h"
 #include "fingerprint.h"
 #include "forward.h"

@@ -19,6 +19,7 @@ struct ExpConstants<float> {
   static constexpr int kShift = 23;
   static constexpr uint32_t kBias = 127;
   static constexpr float kLow = -87.9f;  // 2^n becomes 0 here: n = -127
+  static constexpr float kSaturated = 32;
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
@@ -29,6 +30,7 @@ struct ExpConstants<double> {
   static constexpr int kShift = 52;
   static constexpr uint64_t kBias = 1023;
   static constexpr double kLow = -708.9;
+  static constexpr double kSaturated = 64;
   static constexpr double kLog2E = 1.4426950408889634074;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
@@ -57,7 +59,7 @@ struct Exp2Part {
   typename Simd<T>::V p;      // exp(r) - 1
 };
 
-// y is within kLow .. 0.
+// y is within kLow .. -kLow.
 template <class T>
 FUSEDRNN_HD Exp2Part<T> split_exp(typename Simd<T>::V y) {
   using V = typename Simd<T>::V;
@@ -80,6 +82,28 @@ struct VectorMath {
 
   // -|x|, at least `low`.
   static FUSEDRNN_HD V negative(V x, V low) { return at_least(low, (V)((Bits)x | (Bits)splat(-0.0))); }
+
+  static FUSEDRNN_HD V reciprocal(V x) { return fusedrnn::reciprocal(x); }
+
+  // For x <= 0.
+  static FUSEDRNN_HD V exp(V x) {
+    const auto e = split_exp<T>(at_least(splat(C::kLow), x));
+    return e.scale * e.p + e.scale;
+  }
+
+  // exp(x), rounded, and what the rounding took away, relative to it; the caller keeps x within the range.
+  static FUSEDRNN_HD void exp_with_rest(V x, V& rounded, V& rest) {
+    const auto e = split_exp<T>(x);
+    const V m = splat(1) + e.p;
+    rounded = e.scale * m;
+    rest = (e.p - (m - splat(1))) * reciprocal(m);
+  }
+
+  // exp(x) - 1, which from kSaturated on is as good as infinite to a tanh, and below -kSaturated is -1.
+  static FUSEDRNN_HD V expm1_saturated(V x) {
+    const auto e = split_exp<T>(at_most(splat(C::kSaturated), at_least(splat(-C::kSaturated), x)));
+    return e.scale * e.p + (e.scale - splat(1));
+  }
 
   // 1 / (1 + t), or t / (1 + t) for negative x.
   static FUSEDRNN_HD V sigmoid(V x) {

@@ -24,6 +24,10 @@ struct Bf16 {
 struct Bf16Pair {
   uint32_t bits;
 };
+// fp16: attention's kernels alone read and write it.
+struct Half {
+  uint16_t bits;
+};
 
 // How values of a storage type are computed with: sums, gates and states in Acc; the factors of a
 // product as Factor, kPerFactor values each. Acc and Factor are of one size.
@@ -38,6 +42,10 @@ struct Storage<Bf16> {
   using Acc = float;
   using Factor = Bf16Pair;
   static constexpr int kPerFactor = 2;
+};
+template <>
+struct Storage<Half> {
+  using Acc = float;
 };
 template <class S>
 using Acc = typename Storage<S>::Acc;
@@ -142,6 +150,8 @@ struct Functions {
 // The plain read (cpu/read.h) takes multiples of this.
 constexpr int64_t kReadBytes = 512;
 
+struct AttendKernels;
+
 struct Kernels {
   const char* name;
   const Functions<float>& f32;
@@ -153,6 +163,7 @@ struct Kernels {
   const StepFunctions* step;  // [kStorages]
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
   uint64_t (*read)(const void* data, size_t bytes);         // bytes: a multiple of kReadBytes
+  const AttendKernels& attend;
 };
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

@@ -8,5 +8,5 @@ extern const Functions<double> kAvx512F64;
 extern const StepFunctions kAvx512Step[kStorages];
 static const Functions<Bf16> kBf16 = functions<Bf16>();
 const Kernels kAvx512Bf16Kernels = {"avx512bf16",     kAvx512F32,  kAvx512F64, kBf16, map_math<float>,
-                                    map_math<double>, kAvx512Step, fingerprint, read_all};
+                                    map_math<double>, kAvx512Step, fingerprint, read_all, kAvx512Attend};
 }  // namespace fusedrnn

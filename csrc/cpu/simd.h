@@ -14,6 +14,13 @@
 namespace fusedrnn {
 namespace {
 
+// Whether a product and a sum round once, as one.
+#if defined(__SSE2__) && !defined(__FMA__)
+constexpr bool kFused = false;
+#else
+constexpr bool kFused = true;
+#endif
+
 typedef float VecF __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 
@@ -106,25 +113,35 @@ FUSEDRNN_HD void store_masked(T* to, typename Simd<T>::V v, int n) {
 
 #endif
 
-// The larger of each lane; where a lane of v is NaN it stays so. Compilers make two instructions of the comparison.
-FUSEDRNN_HD VecF at_least(VecF low, VecF v) {
+// The larger or the smaller of each lane; where a lane of v is NaN it stays so. Compilers make two instructions
+// of the comparison.
 #if FUSEDRNN_VECTOR_BYTES == 64
-  return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v);
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return (VecF)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v); }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)low, (__m512d)v); }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return (VecF)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)v); }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return (VecD)_mm512_maskz_min_pd(0xff, (__m512d)high, (__m512d)v); }
 #elif FUSEDRNN_VECTOR_BYTES == 32
-  return (VecF)_mm256_max_ps((__m256)low, (__m256)v);
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return (VecF)_mm256_max_ps((__m256)low, (__m256)v); }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return (VecD)_mm256_max_pd((__m256d)low, (__m256d)v); }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return (VecF)_mm256_min_ps((__m256)high, (__m256)v); }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return (VecD)_mm256_min_pd((__m256d)high, (__m256d)v); }
 #else
-  return low > v ? low : v;
+FUSEDRNN_HD VecF at_least(VecF low, VecF v) { return low > v ? low : v; }
+FUSEDRNN_HD VecD at_least(VecD low, VecD v) { return low > v ? low : v; }
+FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return high < v ? high : v; }
+FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return high < v ? high : v; }
+#endif
+
+// 1 / x for normal x whose reciprocal is normal, to about one unit in the last place.
+FUSEDRNN_HD VecF reciprocal(VecF x) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  const VecF r = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
 #endif
 }
-FUSEDRNN_HD VecD at_least(VecD low, VecD v) {
-#if FUSEDRNN_VECTOR_BYTES == 64
-  return (VecD)_mm512_maskz_max_pd(0xff, (__m512d)low, (__m512d)v);
-#elif FUSEDRNN_VECTOR_BYTES == 32
-  return (VecD)_mm256_max_pd((__m256d)low, (__m256d)v);
-#else
-  return low > v ? low : v;
-#endif
-}
+FUSEDRNN_HD VecD reciprocal(VecD x) { return 1.0 / x; }
 
 // bf16 is loaded to and stored from float vectors, rounded to nearest even.
 typedef uint16_t VecH __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
@@ -156,6 +173,39 @@ FUSEDRNN_HD void store(Bf16* to, VecF v, int n) {
   } else {
     __builtin_memcpy(to, &h, n * sizeof(Bf16));
   }
+}
+
+// fp16 likewise. Without instructions for it: a factor of 2^112 moves the exponent from one range to the
+// other, subnormals included, and what lies beyond the range of fp16 is infinite or NaN.
+FUSEDRNN_HD VecF load(const Half* from, int n) {
+  VecH h{};
+  __builtin_memcpy(&h, from, n * sizeof(Half));
+#if FUSEDRNN_VECTOR_BYTES == 64
+  return (VecF)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits bits = __builtin_convertvector(h, Bits), magnitude = (bits & 0x7fff) << 13;
+  const Bits finite = (Bits)((VecF)magnitude * 0x1p112f);
+  return (VecF)(((bits & 0x7fff) < 0x7c00 ? finite : magnitude | 0x7f800000) | (bits & 0x8000) << 16);
+#endif
+}
+FUSEDRNN_HD void store(Half* to, VecF v, int n) {
+#if FUSEDRNN_VECTOR_BYTES == 64
+  const VecH h = (VecH)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif FUSEDRNN_VECTOR_BYTES == 32
+  const VecH h = (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  using Bits = Simd<float>::Bits;
+  const Bits bits = (Bits)v, magnitude = bits & 0x7fffffff;
+  const Bits normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const Bits subnormal = (Bits)((VecF)magnitude + 0.5f) - (Bits)(VecF{} + 0.5f);  // the sum rounds to 2^-24
+  const Bits beyond = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+  const Bits made = magnitude < (113u << 23) ? subnormal : magnitude < 0x477ff000 ? normal : beyond;
+  const VecH h = __builtin_convertvector(made | bits >> 31 << 15, VecH);
+#endif
+  __builtin_memcpy(to, &h, n * sizeof(Half));
 }
 
 // A vector of factors, and the sum of products with one of them in every lane.
@@ -210,6 +260,27 @@ FUSEDRNN_HD T sum_lanes(typename Simd<T>::V v) {
     v += __builtin_shuffle(v, from);
   }
   return v[0];
+}
+
+// Lane i is the sum of all segments of v[i], of which a vector has `Segment` lanes each; N is a power of two up
+// to the width. Two vectors fold into one with twice as many segments. Lanes beyond N repeat.
+template <class T, int N, int Segment = Simd<T>::kWidth>
+FUSEDRNN_HD typename Simd<T>::V sum_lanes_of(const typename Simd<T>::V* v) {
+  if constexpr (Segment == 1) {
+    return v[0];
+  } else {
+    constexpr int W = Simd<T>::kWidth, kHalf = Segment / 2, kFolded = N > 1 ? N / 2 : 1;
+    typename Simd<T>::Bits lower{};
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) lower[i] = i / kHalf * Segment + i % kHalf;
+    typename Simd<T>::V folded[kFolded];
+#pragma GCC unroll 8
+    for (int i = 0; i < kFolded; ++i) {
+      const auto a = v[N > 1 ? 2 * i : 0], b = v[N > 1 ? 2 * i + 1 : 0];
+      folded[i] = __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, lower + kHalf);
+    }
+    return sum_lanes_of<T, kFolded, kHalf>(folded);
+  }
 }
 
 // The first n lanes; the others read as 0 and are never touched in memory.

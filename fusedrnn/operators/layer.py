@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends import select
 from ..backends.reference import layer as reference
 from ..cells import CELLS
+from ..saving import EVERYTHING
 from . import Grads, lib, second_order, without_autocast
 
 # Lists are flat so that one schema serves every cell: layer returns
@@ -202,7 +203,7 @@ def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     states, output, saved = rest[:n_states], rest[n_states], rest[n_states + 1 :]
     if not ctx.save:  # recorded without gradients in mind: make the saved tensors now
         *_, saved = call_layer(
-            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, select.EVERYTHING, ctx.backend
+            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, EVERYTHING, ctx.backend
         )
     grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grads[1 : 1 + n_states])]
     needs = _needs(ctx, n_weights, n_states)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..select import LITTLE
+from ...saving import LITTLE
 from . import plan
 from .cells import CELLS, Cell
 

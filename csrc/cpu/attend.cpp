@@ -1,0 +1,150 @@
+#include "attend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attend_run.h"
+#include "buffer.h"
+
+namespace fusedrnn {
+namespace {
+
+template <class S>
+const AttendFunctions<S>& functions_of(const AttendKernels& k) {
+  if constexpr (std::is_same_v<S, float>) return k.f32;
+  if constexpr (std::is_same_v<S, double>) return k.f64;
+  if constexpr (std::is_same_v<S, Bf16>) return k.bf16;
+  if constexpr (std::is_same_v<S, Half>) return k.f16;
+}
+
+// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some.
+constexpr double kWorthARegion = 2e5, kTanh = 8;
+
+template <class S>
+int threads_for(const Attend<S>& a, int threads) {
+  const double pairs = double(a.batch) * double(a.heads) * double(a.queries) * double(a.keys);
+  const double each = double(a.width) * (a.score == kAdditive ? kTanh : 1) + double(a.values);
+  return pairs * each < kWorthARegion ? 1 : std::max(threads, 1);
+}
+
+// The queries of all heads in tiles, of about a thread's share at most.
+struct Tiles {
+  int64_t most, per_head, count, queries;
+
+  template <class S>
+  Tiles(const Attend<S>& a, int64_t width, int threads) : queries(a.queries) {
+    const int64_t heads = a.batch * a.heads, a_share = ceil_div(ceil_div(heads * queries, threads), 4) * 4;
+    most = std::min(query_tile(a.keys, width, sizeof(Acc<S>)), std::max<int64_t>(a_share, 4));
+    per_head = ceil_div(queries, most);
+    most = per_head > 1 ? most : queries;
+    count = heads * per_head;
+  }
+  int64_t head(int64_t tile) const { return tile / per_head; }
+  Slice slice(int64_t tile) const {
+    const int64_t begin = tile % per_head * most;
+    return {begin, std::min(begin + most, queries)};
+  }
+};
+
+// The i-th of `parts` shares of [0, n), whole multiples of `unit`; if any is empty, the last ones are.
+Slice part_of(int64_t n, int64_t unit, int64_t i, int64_t parts) {
+  const int64_t units = ceil_div(n, unit);
+  return {std::min(ceil_div(units * i, parts) * unit, n), std::min(ceil_div(units * (i + 1), parts) * unit, n)};
+}
+
+// Scratch of `elements` for each of some threads, on cache lines of their own.
+template <class T>
+class Scratch {
+ public:
+  Scratch(int64_t elements, int64_t count)
+      : each_(padded(elements)), buffer_(allocate(each_ * count * static_cast<int64_t>(sizeof(T)))) {}
+  T* of(int64_t i) const { return reinterpret_cast<T*>(buffer_.get()) + i * each_; }
+
+ private:
+  int64_t each_;
+  Buffer buffer_;
+};
+
+}  // namespace
+
+template <class S>
+void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
+  using T = Acc<S>;
+  const AttendFunctions<S>& f = functions_of<S>(k.attend);
+  threads = threads_for(a, threads);
+  const Tiles tiles(a, a.width, threads);
+  const int64_t row = score_stride(a.keys), of_scores = score_scratch(tiles.most, a.width, sizeof(T));
+  if (tiles.count >= threads || tiles.count == 0) {
+    const Scratch<T> scratch(tiles.most * row + of_scores, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      T* scores = scratch.of(omp_get_thread_num());
+      f.scores(a, tiles.head(i), tiles.slice(i), {0, a.keys}, scores, scores + tiles.most * row);
+      f.context(a, tiles.head(i), tiles.slice(i), {0, a.values}, scores, scores);
+    }
+    return;
+  }
+  // Too few queries for all threads: the keys are shared out, then the columns of the context, for which each
+  // makes the softmax again.
+  const int64_t parts = ceil_div(threads, tiles.count), items = tiles.count * parts;
+  const Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
+#pragma omp parallel num_threads(threads)
+  {
+    T* const mine = scratch.of(omp_get_thread_num());
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < items; ++i) {
+      const int64_t tile = i / parts;
+      f.scores(a, tiles.head(tile), tiles.slice(tile), part_of(a.keys, 4, i % parts, parts), scores.of(tile), mine);
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < items; ++i) {
+      const int64_t tile = i / parts;
+      const Slice columns = part_of(a.values, kPad, i % parts, parts);
+      if (i % parts > 0 && columns.size() == 0) continue;
+      f.context(a, tiles.head(tile), tiles.slice(tile), columns, scores.of(tile), mine);
+    }
+  }
+}
+
+template <class S>
+void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
+  using T = Acc<S>;
+  const AttendFunctions<S>& f = functions_of<S>(k.attend);
+  threads = threads_for(a, threads);
+  const Tiles tiles(a, a.values, threads);
+  const int64_t heads = a.batch * a.heads, blocks = ceil_div(a.width, f.width);
+  const int64_t groups = ceil_div(a.values, 4 * f.width);
+  const bool columns = a.d_query || a.d_key || a.d_v;
+  const Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
+                           threads);
+  const Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
+  a.d_v_of_heads = of_heads.of(0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    T* const mine = scratch.of(omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tiles.count; ++i) f.score_gradients(a, tiles.head(i), tiles.slice(i), mine);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < (columns ? heads * blocks : 0); ++i) {
+      f.column_gradients(a, i / blocks, i % blocks * f.width, mine);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (a.d_value ? heads * groups : 0); ++i) {
+      f.value_gradients(a, i / groups, part_of(a.values, 4 * f.width, i % groups, groups));
+    }
+  }
+  if (a.d_v) f.sum_heads(a);
+}
+
+#define FUSEDRNN_INSTANTIATE(S)                                               \
+  template void run_attend<S>(const Kernels&, const AttendForward<S>&, int); \
+  template void run_attend<S>(const Kernels&, AttendBackward<S>, int);
+FUSEDRNN_INSTANTIATE(float)
+FUSEDRNN_INSTANTIATE(double)
+FUSEDRNN_INSTANTIATE(Bf16)
+FUSEDRNN_INSTANTIATE(Half)
+#undef FUSEDRNN_INSTANTIATE
+
+}  // namespace fusedrnn

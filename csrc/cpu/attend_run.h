@@ -1,0 +1,13 @@
+// Attention over threads.
+#pragma once
+
+#include "attend.h"
+
+namespace fusedrnn {
+
+template <class S>
+void run_attend(const Kernels& k, const AttendForward<S>& a, int threads);
+template <class S>
+void run_attend(const Kernels& k, AttendBackward<S> a, int threads);
+
+}  // namespace fusedrnn

@@ -1,0 +1,322 @@
+"""The CPU kernels of attention on every instruction set: parity, masks, dropout, awkward shapes, extremes."""
+
+import functools
+
+import pytest
+import torch
+
+from fusedrnn.backends import native
+from fusedrnn.backends.native import attend
+from fusedrnn.budget import check
+
+if native.unavailable():
+    pytest.skip(native.unavailable(), allow_module_level=True)
+
+SCORES = ["additive", "dot"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+IDS = ["f32", "f64", "bf16", "f16"]
+MASKS = ["none", "lengths", "bool", "added", "all"]
+# B, N, Tq, Tk, D, Dv: each awkward in its own way (not a multiple of a vector, of a tile, of a thread)
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 3, 1, 7, 17, 5),
+    (3, 1, 3, 100, 96, 64),
+    (2, 2, 33, 7, 17, 130),
+    (1, 2, 34, 50, 33, 64),
+    (2, 1, 7, 33, 1, 80),
+]
+INF = float("inf")
+
+
+@functools.cache
+def problem(score, shape, kind="none", dtype=torch.float32, size=1.0):
+    """query, key, value, v, mask, lengths."""
+    torch.manual_seed(sum(shape))
+    B, N, Tq, Tk, D, Dv = shape
+    query, key, value = torch.randn(B, N, Tq, D), torch.randn(B, N, Tk, D), torch.randn(B, N, Tk, Dv)
+    v = torch.randn(D).to(dtype) if score == "additive" else None
+    mask = lengths = None
+    if kind in ("lengths", "all"):
+        lengths = torch.randint(0, Tk + 1, (B,))
+        lengths[0] = Tk
+    if kind == "bool":
+        mask = torch.rand(B, 1, Tq, Tk) < 0.7
+        mask[-1, 0, -1] = False
+    if kind in ("added", "all"):
+        mask = torch.randn(1, N, 1 if kind == "all" else Tq, Tk).to(dtype)
+        mask[torch.rand(mask.shape) < 0.3] = -INF
+        mask[0, 0, -1] = -INF
+    query, key = query * size, key * size
+    return query.to(dtype), key.to(dtype), value.to(dtype), v, mask, lengths
+
+
+def mix(x):
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def kept(shape, dropout, seed):
+    """Which of all weights dropout keeps."""
+    index = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    low, high = index & 0xFFFFFFFF, index >> 32
+    inner = mix(low ^ seed & 0xFFFFFFFF)
+    drawn = mix(inner + high * 0x9E3779B9 + (seed >> 32) & 0xFFFFFFFF) >> 8
+    return drawn * 2.0**-24 >= dropout
+
+
+def formula(score, query, key, value, v, mask, lengths, scale, keep=None, dropout=0.0):
+    """Context and weights in plain torch."""
+    if score == "additive":
+        e = torch.tanh(query[..., :, None, :] + key[..., None, :, :]) @ v
+    else:
+        e = scale * (query @ key.transpose(-1, -2))
+    if lengths is not None:
+        inside = torch.arange(key.shape[2]) < lengths[:, None]
+        e = e.masked_fill(~inside[:, None, None], -INF)
+    if mask is not None:
+        e = e.masked_fill(~mask, -INF) if mask.dtype is torch.bool else e + mask
+    empty = (e == -INF).all(-1, keepdim=True)
+    weights = e.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+    if keep is not None:
+        weights = weights * keep / (1 - dropout)
+    return weights @ value, weights
+
+
+NAMES = ["query", "key", "value", "v", "mask"]
+
+
+def by_torch(score, args, scale, grads, dtype, **dropout):
+    """Outputs and gradients of `formula` in a precision, by name."""
+    cast = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in args]
+    leaves = {
+        n: t.detach().requires_grad_() for n, t in zip(NAMES, cast) if t is not None and t.dtype is dtype
+    }
+    context, weights = formula(
+        score, *(leaves.get(n, t) for n, t in zip(NAMES, cast)), cast[5], scale, **dropout
+    )
+    results = {"context": context, "weights": weights}
+    loss = sum((o * g.to(dtype)).sum() for o, g in zip((context, weights), grads) if g is not None)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {n: t.detach() for n, t in results.items()} | {f"grad {n}": g for n, g in zip(leaves, found)}
+
+
+def run(score, args, scale=1.0, *, weights=False, save=False):
+    return attend.forward(score, *args, scale, 0.0, 0, weights, save)
+
+
+def by_kernel(score, args, scale, grads, dropout=0.0, seed=0):
+    query, key, value, v, mask, lengths = args
+    call = (score, query, key, value, v, mask, lengths, scale, dropout, seed)
+    context, weights, saved = attend.forward(*call, True, True)
+    copies = [t.clone() for t in saved]
+    needs = (True, True, True, v is not None, mask is not None and mask.is_floating_point())
+    found = attend.backward(*call, context, saved, *grads, needs)
+    assert [g is not None for g in found] == list(needs)
+    assert all(torch.equal(a, b) for a, b in zip(saved, copies) if not a.isnan().any()), "wrote into saved"
+    results = {"context": context, "weights": weights}
+    return results | {f"grad {n}": g for n, g in zip(NAMES, found) if g is not None}
+
+
+def assert_parity(score, args, scale=0.3, use=(True, True), **options):
+    torch.manual_seed(0)
+    query, key, value = args[:3]
+    shapes = [(*query.shape[:3], value.shape[3]), (*query.shape[:3], key.shape[2])]
+    grads = [torch.randn(s).to(query.dtype) if wanted else None for s, wanted in zip(shapes, use)]
+    ours = by_kernel(score, args, scale, grads, **options)
+    dropped = {}
+    if options:
+        dropped = {
+            "keep": kept(shapes[1], options["dropout"], options["seed"]),
+            "dropout": options["dropout"],
+        }
+    theirs = by_torch(score, args, scale, grads, query.dtype, **dropped)
+    parity = check(ours, theirs, lambda: by_torch(score, args, scale, grads, torch.float64, **dropped))
+    assert parity, f"\n{parity}"
+    return ours
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_against_the_formula(score, dtype, kind, level, poisoned):
+    for shape in SHAPES:
+        assert_parity(score, problem(score, shape, kind, dtype))
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.05, 6.0, 300.0, 1e4])
+@pytest.mark.parametrize("score", SCORES)
+def test_small_and_large_inputs(score, size, level, poisoned):
+    """Where the exponential of each element would lose digits, and where it would overflow."""
+    for dtype in (torch.float32, torch.float64):
+        assert_parity(score, problem(score, (2, 1, 9, 20, 33, 8), "none", dtype, size), scale=size**-2)
+
+
+@pytest.mark.parametrize("use", [(True, False), (False, True)], ids=["context", "weights"])
+@pytest.mark.parametrize("score", SCORES)
+def test_a_gradient_of_one_output_alone(score, use, poisoned):
+    args = problem(score, (2, 2, 9, 20, 33, 8), "all")
+    ours = assert_parity(score, args, use=use)
+    if not use[0]:
+        assert not ours["grad value"].any()
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.75])
+@pytest.mark.parametrize("seed", [0, 12345, 2**63 - 1])
+def test_dropout_is_a_hash_of_the_position(dropout, seed, level, poisoned):
+    for score in SCORES:
+        shape = (2, 3, 9, 50, 17, 8)
+        ours = assert_parity(score, problem(score, shape, "lengths"), dropout=dropout, seed=seed)
+        dropped = ~kept((2, 3, 9, 50), dropout, seed)
+        assert 0.5 * dropout < dropped.float().mean() < 1.5 * dropout + 0.1
+        assert not ours["weights"][dropped].any()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_row_without_keys_is_zero(score, poisoned):
+    query, key, value, v, _, _ = problem(score, (2, 1, 3, 5, 17, 4))
+    for mask, lengths in [
+        (None, torch.tensor([5, 0])),
+        (torch.tensor([True, False])[:, None, None, None].expand(2, 1, 1, 5).contiguous(), None),
+        (torch.tensor([0.0, -INF])[:, None, None, None].expand(2, 1, 3, 5).contiguous(), None),
+    ]:
+        grads = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 5)
+        ours = by_kernel(score, (query, key, value, v, mask, lengths), 1.0, grads)
+        for name in ["context", "weights", "grad query", "grad key", "grad value"]:
+            assert not ours[name][1].any(), name
+            assert ours[name][0].any(), name
+        lse = attend.forward(score, query, key, value, v, mask, lengths, 1.0, 0.0, 0, False, True)[2][0]
+        assert (lse[1] == -INF).all()
+        assert lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["bool", "lengths"])
+@pytest.mark.parametrize("score", SCORES)
+def test_saved_is_what_it_says(score, kind, poisoned):
+    args = problem(score, (2, 3, 5, 9, 17, 4), kind)
+    _, weights, (lse, before) = run(score, args, 0.3, weights=True, save=True)
+    assert [lse.shape, before.shape] == [torch.Size(s) for s in attend.saved_shapes(2, 3, 5, 9)]
+    torch.testing.assert_close(before, weights)
+    wide = [t if t is None or not t.is_floating_point() else t.double() for t in args]
+    _, _, (exact, _) = run(score, wide, 0.3, save=True)
+    torch.testing.assert_close(lse, exact.float())
+    _, weights, saved = run(score, args)
+    assert weights is None
+    assert saved == []
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_keys_beyond_a_length_are_not_looked_at(score, poisoned):
+    query, key, value, v, _, lengths = problem(score, (3, 1, 4, 20, 17, 4), "lengths")
+    beyond = (torch.arange(20) >= lengths[:, None])[:, None, :, None]
+    grads = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 20)
+    clean = by_kernel(score, (query, key, value, v, None, lengths), 1.0, grads)
+    holes = key.masked_fill(beyond, torch.nan), value.masked_fill(beyond, torch.nan)
+    ours = by_kernel(score, (query, *holes, v, None, lengths), 1.0, grads)
+    assert all(torch.equal(ours[name], clean[name]) for name in clean)
+    assert not ours["grad key"].masked_select(beyond).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_strides(score, dtype, poisoned):
+    """Heads that are columns of a projection, a memory that beams share, a mask for all heads."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 9, 3 * 16, dtype=torch.float32).to(dtype).view(2, 9, 3, 16).transpose(1, 2)
+    key = torch.randn(1, 3, 20, 16).to(dtype).expand(2, 3, 20, 16)
+    value = torch.randn(2, 1, 20, 40).to(dtype)[..., 3:27].expand(2, 3, 20, 24)
+    v = torch.randn(16).to(dtype) if score == "additive" else None
+    mask = (torch.rand(2, 1, 9, 20) < 0.7).expand(2, 3, 9, 20)
+    args = query, key, value, v, mask, None
+    grads = torch.randn(2, 9, 3, 24).to(dtype).transpose(1, 2), torch.randn(2, 3, 9, 20).to(dtype)
+    ours = by_kernel(score, args, 0.3, grads)
+    plain = by_kernel(
+        score, [t if t is None else t.contiguous() for t in args], 0.3, [g.contiguous() for g in grads]
+    )
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("score", SCORES)
+def test_equal_scores(score, dtype, level):
+    """All weights are 1 / Tk, however large the scores are."""
+    for size in (0.0, 1.0, 1e4):
+        query, key = (torch.full((1, 2, n, 33), size, dtype=dtype) for n in (5, 100))
+        value = torch.randn(1, 2, 100, 7, dtype=dtype)
+        v = torch.randn(33, dtype=dtype) if score == "additive" else None
+        context, weights, _ = attend.forward(
+            score, query, key, value, v, None, None, 1.0, 0.0, 0, True, False
+        )
+        torch.testing.assert_close(weights, torch.full_like(weights, 0.01))
+        torch.testing.assert_close(context, value.mean(2, keepdim=True).expand_as(context))
+
+
+def test_opposite_large_inputs_cancel(level):
+    """q + k is small where both are far beyond the range of exp."""
+    query, key, value, v, _, _ = problem("additive", (1, 1, 6, 9, 33, 4))
+    for shift in (15.0, 1000.0):
+        args = query.round() + shift, key.round() - shift, value, v, None, None
+        moved = run("additive", args, weights=True)
+        plain = attend.forward("additive", query.round(), key.round(), *args[2:], 1.0, 0.0, 0, True, False)
+        torch.testing.assert_close(moved[0], plain[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moved[1], plain[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_nan_stays_in_its_row(score, level):
+    query, key, value, v, _, _ = problem(score, (2, 2, 7, 9, 17, 4))
+    query = query.clone()
+    query[0, 1, 2, 3] = torch.nan
+    context = run(score, (query, key, value, v, None, None))[0]
+    expected = torch.zeros(2, 2, 7, dtype=torch.bool)
+    expected[0, 1, 2] = True
+    assert torch.equal(context.isnan().all(-1), expected)
+    assert torch.equal(context.isnan().any(-1), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 300, 256, 96), (1, 1, 90, 70, 256, 64), (5, 2, 30, 70, 64, 80)])
+@pytest.mark.parametrize("score", SCORES)
+def test_any_number_of_threads_gives_the_same(score, shape):
+    args = problem(score, shape, "lengths")
+    B, N, Tq, Tk, _, Dv = shape
+    grads = torch.randn(B, N, Tq, Dv), torch.randn(B, N, Tq, Tk)
+    alone = by_kernel(score, args, 1.0, grads)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            ours = by_kernel(score, args, 1.0, grads)
+            assert all(torch.equal(ours[name], alone[name]) for name in alone)
+
+
+def test_every_fp16_is_read_and_written_right(level):
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    one = torch.ones(1, 1, 2, 1, dtype=torch.float16)
+    value = torch.stack([patterns, patterns.flip(0)])[None, None]
+    mean = attend.forward("dot", one[:, :, :1], one, value, None, None, None, 1.0, 0.0, 0, False, False)[0]
+    exact = (value.float() * 0.5).sum(2, keepdim=True).half()
+    assert torch.equal(mean.isnan(), exact.isnan())
+    assert torch.equal(mean.nan_to_num(0, 7, 8), exact.nan_to_num(0, 7, 8))
+
+
+@pytest.mark.parametrize("empty", range(6))
+@pytest.mark.parametrize("score", SCORES)
+def test_empty(score, empty, poisoned):
+    """No batch, head, query, key, column of a query, column of a value."""
+    shape = [0 if i == empty else n for i, n in enumerate((2, 3, 4, 5, 6, 7))]
+    query, key, value, v, _, _ = problem(score, tuple(shape))
+    B, N, Tq, Tk, _, Dv = shape
+    grads = torch.ones(B, N, Tq, Dv), torch.ones(B, N, Tq, Tk)
+    ours = by_kernel(score, (query, key, value, v, None, None), 1.0, grads)
+    assert not any(t.isnan().any() for t in ours.values())
+    assert ours["context"].shape == (B, N, Tq, Dv)
+    if Tk == 0:
+        assert not ours["context"].any()
+
+
+def test_what_is_unsupported_has_a_reason():
+    assert attend.unsupported("dot", torch.float16, "cpu") is None
+    assert "cuda" in attend.unsupported("dot", torch.float32, "cuda")
+    assert "int" in attend.unsupported("dot", torch.int32, "cpu")
+    assert "cosine" in attend.unsupported("cosine", torch.float32, "cpu")

@@ -51,17 +51,6 @@ def fused():
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Every tensor that is allocated without a value is full of NaN."""
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
-    )
-
-
-@pytest.fixture
 def calls(monkeypatch):
     """The backend of every layer that our own operators ran."""
     seen = []

@@ -65,7 +65,7 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
         hidden: Any = module.hidden_size
         reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
     if reason is not None:
-        against = {name: select.against(name, request) for name in select.ORDER}
+        against = {name: select.passed_over(name, request) for name in select.ORDER}
         return select.Choice(
             "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
         )
@@ -77,7 +77,7 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
 
 def _others(request: select.Request, choice: select.Choice, reason: str) -> dict[str, str]:
     others = [name for name in select.NAMES if name != choice.backend]
-    return {name: select.against(name, request) or reason for name in others}
+    return {name: select.passed_over(name, request) or reason for name in others}
 
 
 def _cell(module: Any) -> str:

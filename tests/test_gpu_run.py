@@ -294,7 +294,7 @@ def test_a_wrong_result_of_many_steps_is_red(red: None) -> None:
 def test_a_bit_that_differs_is_red(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reference = select.get("reference")
+    reference = select.kernels("reference", "layer")
     layer, runs = reference.layer, iter(range(99))
 
     def drifting(*arguments: Any) -> Any:
@@ -335,6 +335,8 @@ def test_waiting_is_an_error_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_backend_can_run_is_not_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(select.get("reference"), "unsupported", lambda cell, dtype, device: "has no GRU")
+    monkeypatch.setattr(
+        select.kernels("reference", "layer"), "unsupported", lambda cell, dtype, device: "has no GRU"
+    )
     assert checks.main(["sync", *ONE]) == SKIPPED
     assert "reference gru fp32: not checked: has no GRU" in capsys.readouterr().out

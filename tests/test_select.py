@@ -284,3 +284,13 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="plain torch code runs"):
         choice = explain(fusedrnn.BahdanauAttention(4, 4, 6), query, memory)
     assert (choice.backend, choice.why_not["native"]) == ("torch", "has no attend kernels")
+
+
+def test_what_waits_for_its_proof_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = select.Request("lstm", torch.float32, "cuda")
+    assert "asks for it" in (select.passed_over("triton", on_gpu) or "")
+    monkeypatch.setattr("fusedrnn.backends.triton.unavailable", lambda: None)
+    assert select.against("triton", on_gpu) is None
+    assert "triton: waits for its proof" in (select.no_kernel(on_gpu) or "")
+    with fusedrnn.use_backend("triton"):
+        assert select.choose(on_gpu).backend == "triton"

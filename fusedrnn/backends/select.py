@@ -15,6 +15,8 @@ import torch
 
 # In order of preference; `reference` can always run.
 ORDER = ("native", "triton", "reference")
+# What no hardware has proven (docs/hardware.md) runs where it is asked for by name.
+UNPROVEN = frozenset({"triton"})
 # `torch` is torch.nn's own path: functional hands the whole stack over to it.
 NAMES = (*ORDER, "torch")
 
@@ -113,10 +115,17 @@ def against(name: str, request: Request) -> str | None:
     return backend.unsupported(request.kind, request.dtype, request.device_type)
 
 
+def passed_over(name: str, request: Request) -> str | None:
+    """Why the automatic choice does not consider a backend for a request; None if it does."""
+    if name in UNPROVEN:
+        return against(name, request) or f"waits for its proof on hardware; use_backend({name!r}) asks for it"
+    return against(name, request)
+
+
 @cache
 def no_kernel(request: Request) -> str | None:
-    """Why no fused kernel can run a request, per backend; None if one can."""
-    reasons = {name: against(name, request) for name in ORDER if name != "reference"}
+    """Why the automatic choice has no fused kernel for a request, per backend; None if it has one."""
+    reasons = {name: passed_over(name, request) for name in ORDER if name != "reference"}
     if None in reasons.values():
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -131,7 +140,7 @@ def _table(request: Request, wanted: str | None) -> Choice:
         return Choice(wanted, "asked for by use_backend or FUSEDRNN_BACKEND", {})
     why_not: dict[str, str] = {}
     for name in ORDER:
-        reason = against(name, request)
+        reason = passed_over(name, request)
         if reason is None:
             return Choice(name, "the first of the table that can run this", why_not)
         why_not[name] = reason

@@ -75,7 +75,7 @@ def choose(
         return _stepped(rows, size)
     units = max(16, power_of_two(hidden))
     if _columns(gates, backward) * units * units * size <= machine.shared * _RESIDENT:
-        return Plan("resident", 16, units, units, 1, 4 if units <= 32 else 8, 2)
+        return Plan("resident", 16, units, units, 1, (4 if units <= 32 else 8) * size // 2, 2)
     tiles = -(-batch // rows) * directions
     if -(-hidden // _UNITS) * tiles > machine.sms:
         return _stepped(rows, size)
@@ -83,7 +83,7 @@ def choose(
     block = min(256 // size, power_of_two(depth))
     blocks = power_of_two(-(-depth // block))  # few kernels serve many H
     held = blocks * block * _UNITS * size * (4 if backward else _columns(gates, backward))
-    if held <= machine.shared * _HELD and size == 2:
+    if held <= machine.shared * _HELD and size == 2 and rows * blocks <= _UNROLLED:
         return Plan("persistent", rows, _UNITS, block, blocks, 8, 2)
     return _stepped(rows, size)._replace(schedule="persistent")
 
@@ -93,6 +93,7 @@ _UNITS = 16
 # compiler spills or overflows (benchmarks/offline).
 _RESIDENT = 0.3
 _HELD = 0.6
+_UNROLLED = 128  # rows times products of a step
 
 
 def _columns(gates: int, backward: bool) -> int:

@@ -65,17 +65,10 @@ def gates_of(sums, BB: tl.constexpr, BU: tl.constexpr, GP: tl.constexpr):
 
 
 @triton.jit
-def _hidden(h_ptr, start_ptr, sources, stored, starts, b, k, h_row, K):
+def _hidden(row_ptrs, known, k, K):
     """Tile [BB, BK] of the hidden states before a step. Past L1, which does not see other SMs' stores."""
-    inside = k[None, :] < K
-    old = tl.load(
-        h_ptr + sources[:, None] * h_row + k[None, :],
-        mask=stored[:, None] & inside, other=0, cache_modifier=".cg",
-    )  # fmt: skip
-    new = tl.load(
-        start_ptr + b.to(tl.int64)[:, None] * K + k[None, :], mask=starts[:, None] & inside, other=0
-    )
-    return tl.where(starts[:, None], new, old)
+    mask = known[:, None] & (k[None, :] < K)
+    return tl.load(row_ptrs[:, None] + k[None, :], mask=mask, other=0, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -180,19 +173,20 @@ def scan_fwd_kernel(
         else:
             before = tl.where(d == 0, t - 1, t + 1)
             sources, stored, starts = _sources(offsets_ptr, t, before, i > 0, b, B, keep, RAGGED)
+            start_ptrs = start_ptr + b.to(tl.int64) * K
+            row_ptrs = tl.where(starts, start_ptrs, h_ptr + sources * h_row)
+            known = stored | starts
             if PERSISTENT and i > 0:
                 wait(counter_ptr, i * tl.num_programs(0))
             if HOLD:
                 for k in tl.static_range(NK):
-                    ks = k * BK + tl.arange(0, BK)
-                    a = _hidden(h_ptr, start_ptr, sources, stored, starts, b, ks, h_row, K)
+                    a = _hidden(row_ptrs, known, k * BK + tl.arange(0, BK), K)
                     sums = tl.dot(a, held[k], sums, input_precision=PRECISION)
             else:
                 for k in range(tl.cdiv(K, BK)):
                     ks = k * BK + tl.arange(0, BK)
-                    a = _hidden(h_ptr, start_ptr, sources, stored, starts, b, ks, h_row, K)
                     w = columns(weight_ptr, tl.program_id(0), ks, H, K, G, GP, BU)
-                    sums = tl.dot(a, w, sums, input_precision=PRECISION)
+                    sums = tl.dot(_hidden(row_ptrs, known, ks, K), w, sums, input_precision=PRECISION)
         products = gates_of(sums, BB, BU, GP)
         h = ()
         for g in tl.static_range(G):

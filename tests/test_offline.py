@@ -76,7 +76,7 @@ class Planted(NamedTuple):
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int = 255
+    maxnreg: int | None = None
     cooperative: bool = False
     matrix: bool = False
 

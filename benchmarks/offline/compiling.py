@@ -35,7 +35,7 @@ class Instance(Protocol):
             bytes; "i32:16" is a multiple of 16.
         constexprs: argument -> value; numbers, strings, None, jit functions, tuples of these.
         num_warps, num_stages: as at a launch.
-        max_registers: of a thread; ptxas spills for occupancy where it is left to choose.
+        maxnreg: registers of a thread; None leaves them to ptxas.
         cooperative: whether all programs must run at once.
         matrix: whether its products must be matrix instructions.
     """
@@ -53,7 +53,7 @@ class Instance(Protocol):
     @property
     def num_stages(self) -> int: ...
     @property
-    def max_registers(self) -> int: ...
+    def maxnreg(self) -> int | None: ...
     @property
     def cooperative(self) -> bool: ...
     @property
@@ -144,7 +144,7 @@ def compile_for(instance: Instance, arch: int) -> Compiled:
         options={
             "num_warps": instance.num_warps,
             "num_stages": instance.num_stages,
-            "maxnreg": instance.max_registers,
+            "maxnreg": instance.maxnreg,
             "launch_cooperative_grid": instance.cooperative,
             "enable_fp_fusion": True,  # its default differs between versions
         },

@@ -92,7 +92,7 @@ class Call(NamedTuple):
             NK=p.NK,
             num_warps=p.num_warps,
             num_stages=p.num_stages,
-            maxnreg=plan.MAX_REGISTERS,
+            maxnreg=p.maxnreg,
             **constants,
             **options,
         )

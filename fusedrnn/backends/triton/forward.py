@@ -97,7 +97,7 @@ def _step(c: Call, states: Sequence[Tensor], output: Tensor, kept: Saved) -> lis
         ACTIVATE=c.cell.activate, UPDATE=c.cell.update, G=c.cell.gates, GP=plan.power_of_two(c.cell.gates),
         S=c.cell.states, SAVED=0 if kept.gates is None else c.cell.saved, HAS_BIAS="bias_ih" in w,
         KEEP=kept.cells is not None, PRECISION=precision(), BB=p.BB, BU=p.BU, BK=p.BK,
-        num_warps=p.num_warps, num_stages=p.num_stages, maxnreg=plan.MAX_REGISTERS,
+        num_warps=p.num_warps, num_stages=p.num_stages, maxnreg=p.maxnreg,
     )  # fmt: skip
     return last
 

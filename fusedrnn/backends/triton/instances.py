@@ -22,7 +22,7 @@ class Instance(NamedTuple):
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
-    max_registers: int
+    maxnreg: int | None
     cooperative: bool
     matrix: bool  # its products must be matrix instructions
 
@@ -58,7 +58,7 @@ def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Ite
 def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool, backward: bool) -> Instance:
     spec = CELLS[cell]
     pass_ = "backward" if backward else "forward"
-    tiles = f"{p.schedule} {p.BB}x{p.BU}x{p.BK}" + (f" x{p.NK}" if p.NK > 1 else "")
+    tiles = f"{p.schedule} {p.BB}x{p.BU}x{p.BK}" + (f" held x{p.NK}" if p.hold else "")
     name = f"{pass_} {cell} {dtype} {precision} {tiles} {'ragged' if ragged else 'dense'}"
     persistent = p.schedule == "persistent"
     kernel = scan_bwd_kernel if backward else scan_fwd_kernel
@@ -98,7 +98,7 @@ def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool,
         constants,
         p.num_warps,
         p.num_stages,
-        plan.MAX_REGISTERS,
+        p.maxnreg,
         persistent,
         precision != "ieee",
     )

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     NK: int  # 0 where the weights are not held
     num_warps: int
     num_stages: int
+    maxnreg: int | None = 255  # registers of a thread; None leaves them to ptxas
 
     @property
     def hold(self) -> bool:
@@ -35,8 +36,6 @@ class Plan(NamedTuple):
         return self.NK > 0
 
 
-# All that a thread can have: ptxas would rather spill than lose an occupancy that nothing here needs.
-MAX_REGISTERS = 255
 # Without a GPU, under the interpreter or to compile for one: an H100.
 H100 = Machine(sms=132, shared=227 << 10)
 
@@ -70,30 +69,35 @@ def choose(
         size: bytes of a value as stored.
         projected: whether the hidden state is projected, which only the stepped schedule can do.
     """
-    rows = 16 if batch <= 16 else 32
+    rows = 16 if batch <= 16 or size == 4 else 32
     if projected:
         return _stepped(rows, size)
     units = max(16, power_of_two(hidden))
-    if _columns(gates, backward) * units * units * size <= machine.shared * _RESIDENT:
-        return Plan("resident", 16, units, units, 1, (4 if units <= 32 else 8) * size // 2, 2)
+    if _columns(gates, backward) * units * units * size <= machine.shared * _RESIDENT[size]:
+        return Plan("resident", 16, units, units, 1, 4 if units * size <= 64 else 8, 2)
     tiles = -(-batch // rows) * directions
     if -(-hidden // _UNITS) * tiles > machine.sms:
         return _stepped(rows, size)
     depth = -(-gates * hidden // 4) if backward else hidden  # of a product; the backward's has four parts
-    block = min(256 // size, power_of_two(depth))
+    block = min(128, power_of_two(depth))
     blocks = power_of_two(-(-depth // block))  # few kernels serve many H
     held = blocks * block * _UNITS * size * (4 if backward else _columns(gates, backward))
-    if held <= machine.shared * _HELD and size == 2 and rows * blocks <= _UNROLLED:
-        return Plan("persistent", rows, _UNITS, block, blocks, 8, 2)
+    if held <= machine.shared * _HELD and size == 2 and blocks <= _UNROLLED[rows]:
+        left = blocks == 8 or (blocks, gates, backward) in _LEFT_TO_PTXAS
+        return Plan("persistent", rows, _UNITS, block, blocks, 8, 2, None if left else 255)
     return _stepped(rows, size)._replace(schedule="persistent")
 
 
 _UNITS = 16
-# How much of the shared memory may be weights; beyond that, and where products of fp32 are unrolled, the
-# compiler spills or overflows (benchmarks/offline).
-_RESIDENT = 0.3
+# How much of the shared memory may be weights, by the bytes of a value, and how many products a step may
+# unroll, by rows: beyond that, and where fp32 unrolls, the compiler spills (benchmarks/offline).
+_RESIDENT = {2: 0.3, 4: 0.1}
 _HELD = 0.6
-_UNROLLED = 128  # rows times products of a step
+_UNROLLED = {16: 8, 32: 2}
+# Left alone, ptxas spills some bytes to fit two programs on an SM, which nothing here needs. Given all
+# registers, it fetches held weights so far ahead in these kernels that it spills too: (products, gates,
+# backward).
+_LEFT_TO_PTXAS = {(4, 1, False), (4, 4, True)}
 
 
 def _columns(gates: int, backward: bool) -> int:
@@ -106,4 +110,4 @@ def one_step(batch: int, size: int) -> Plan:
 
 
 def _stepped(rows: int, size: int) -> Plan:
-    return Plan("stepped", rows, _UNITS, 128 // size, 0, 4 if size == 2 else 8, 3)
+    return Plan("stepped", rows, _UNITS, 128 // size, 0, 8, 3)

@@ -174,25 +174,24 @@ class AttentionCase:
         return replace(self, batch=min(self.batch, 2), compiled=False)
 
     def work(self) -> Work:
+        hidden, square = self.hidden, self.hidden**2
         rows, keys = self.batch * self.beams * self.queries, self.batch * self.keys
-        square = self.hidden**2
-        # context and, of a dot, scores
-        products = (2 if self.form == "multihead" else 1) * self.elements
-        vectors = {"operator": rows + 2 * keys, "decoder": rows + 2 * keys, "location": rows + 2 * keys}
-        values = (vectors.get(self.form, rows + keys) + rows) * self.hidden
-        if self.form == "module":
-            products, values = products + (rows + keys) * square, values + 2 * square
-        elif self.form in ("decoder", "location"):
-            products, values = products + rows * square, values + square
-            if self.form == "location":
-                products += keys * FILTERS * (2 * KERNEL_SIZE + self.hidden)
-        elif self.form == "multihead":
-            products = products + 4 * rows * square
-            values = 2 * rows * self.hidden + rows * self.keys + 4 * square
+        filters, convolution = FILTERS * hidden, FILTERS * 2 * KERNEL_SIZE
+        # values but for query and context, products but for the context's
+        values, products = {
+            "operator": (2 * keys * hidden + hidden, 0),
+            "module": (keys * hidden + 2 * square + 2 * hidden, (rows + keys) * square),
+            "decoder": (2 * keys * hidden + square + 2 * hidden, rows * square),
+            "location": (
+                2 * keys * hidden + square + hidden + filters + convolution + 2 * keys + rows * self.keys,
+                rows * square + keys * (filters + convolution),
+            ),
+            "multihead": (4 * square + 4 * hidden + rows * self.keys, 4 * rows * square + self.elements),
+        }[self.form]
         passes, twice = (3, 2) if self.mode == "training" else (1, 1)
-        moved = twice * values * ITEMSIZE[self.dtype]
-        divisions = 0 if self.form == "multihead" else twice * self.elements
-        return Work(passes * 2.0 * products, moved, moved, moved, divisions)
+        flops = passes * 2.0 * (products + self.elements)
+        moved = twice * (values + 2 * rows * hidden) * ITEMSIZE[self.dtype]
+        return Work(flops, moved, moved, moved, 0 if self.form == "multihead" else twice * self.elements)
 
 
 AnyCase = Case | AttentionCase

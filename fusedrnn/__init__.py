@@ -21,6 +21,7 @@ from .modules import (
     MultiheadAttention,
     RNNCell,
 )
+from .plot import plot_alignment
 from .replace import replace
 from .saving import recompute
 from .streaming import Stepper, streaming
@@ -46,6 +47,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "plot_alignment",
     "recompute",
     "replace",
     "streaming",

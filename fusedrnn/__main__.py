@@ -9,8 +9,8 @@ from importlib import import_module
 
 COMMANDS = {
     "doctor": "what runs on this machine, and what does not and why",
-    "parity": "every cell, dtype and instruction set against torch.nn under the error budget",
-    "bench": "times against torch.nn, interleaved",
+    "parity": "every cell, attention, dtype and instruction set against torch under the error budget",
+    "bench": "times against torch, interleaved: of layers, or of attention",
     "demo": "two trained models of other people, before and after replace()",
 }
 

@@ -48,6 +48,12 @@ def backends() -> dict[str, str | None]:
     return {**{name: select.get(name).unavailable() for name in select.ORDER}, "torch": None}
 
 
+def attention(device_type: str) -> dict[str, str | None]:
+    """Every backend of our own, with the reason why it cannot run attention on a device, or None."""
+    request = select.Request("additive", torch.float32, device_type, "attend")
+    return {name: select.against(name, request) for name in select.ORDER}
+
+
 def kernels() -> Any:
     """The compiled module."""
     return import_module(f"{__package__}._C")
@@ -112,11 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fusedrnn doctor", description="What runs on this machine, and what does not and why."
     ).parse_args(argv)
     found = backends()
+    reasons = {"Backends": found, "Attention, cpu": attention("cpu")}
+    if torch.cuda.is_available():
+        reasons["Attention, cuda"] = attention("cuda")
+    sections: dict[str, list[tuple[str, str]]] = {
+        title: [(name, "available" if why is None else f"missing ({why})") for name, why in each.items()]
+        for title, each in reasons.items()
+    }
     variables = sorted((k, v) for k, v in os.environ.items() if k.startswith("FUSEDRNN_"))
-    sections = {
-        "Backends": [
-            (name, "available" if why is None else f"missing ({why})") for name, why in found.items()
-        ],
+    sections |= {
         "Native kernels": _native(),
         "Machine": _machine(),
         "Versions": [

@@ -250,5 +250,6 @@ def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, dict):
         return {key: _map(value, function) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_map(value, function) for value in tree)
+        mapped = [_map(value, function) for value in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
     return tree

@@ -205,7 +205,7 @@ def timed(hidden: int, batch: int, layout: str, ratio: float | None, group: str 
 def machine() -> Ceilings:
     bandwidth = {"L1": 8e9, "L2": 4e9, "L3": 2e9, "DRAM": 1e9}
     cache = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
-    return Ceilings(2, cache, {"fp32": 1e9, "fp64": 5e8, "bf16": 2e9}, {1: bandwidth, 2: bandwidth})
+    return Ceilings(2, cache, {"fp32": 1e9, "fp64": 5e8, "bf16": 2e9}, {1: bandwidth, 2: bandwidth}, 1e8)
 
 
 def test_every_goal_is_about_cases_of_the_full_grid(machine: Ceilings) -> None:
@@ -306,8 +306,10 @@ def test_the_ceiling_is_the_longer_of_two_times(machine: Ceilings) -> None:
 
 def test_of_two_measurements_the_better_rates_count(machine: Ceilings) -> None:
     busy = {"L1": 9e9, "L2": 1e9, "L3": 1e9, "DRAM": 1e9}
-    other = replace(machine, flops={"fp32": 2e9, "fp64": 1e8, "bf16": 2e9}, bandwidth={1: busy, 2: busy})
+    flops = {"fp32": 2e9, "fp64": 1e8, "bf16": 2e9}
+    other = replace(machine, flops=flops, bandwidth={1: busy, 2: busy}, divisions=2e8)
     best = machine.best(other)
+    assert best.divisions == 2e8
     assert best.flops == {"fp32": 2e9, "fp64": 5e8, "bf16": 2e9}
     assert best.bandwidth[2] == {"L1": 9e9, "L2": 4e9, "L3": 2e9, "DRAM": 1e9}
 
@@ -318,6 +320,7 @@ def test_ceilings_are_measured() -> None:
     assert found.threads == 1
     assert set(found.bandwidth) == {1}
     assert all(rate > 0 for rate in (*found.flops.values(), *found.bandwidth[1].values()))
+    assert found.divisions > 0
     assert "read, 1 threads: L1 " in str(found)
 
 

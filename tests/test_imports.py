@@ -29,7 +29,7 @@ def test_torch_alone_is_enough() -> None:
     run(
         """
 import sys, warnings
-for name in ("triton", "fusedrnn._C", "rich", "hypothesis", "pytest"):
+for name in ("triton", "fusedrnn._C", "rich", "matplotlib", "hypothesis", "pytest"):
     sys.modules[name] = None  # importing it raises ImportError
 import torch, fusedrnn
 torch.manual_seed(0)
@@ -76,6 +76,7 @@ print(*sorted(set(sys.modules) - before))
         "numpy",
         "hypothesis",
         "rich",
+        "matplotlib",
         "pytest",
     )
     assert [name for name in found if name.startswith(heavy)] == []

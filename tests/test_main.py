@@ -16,6 +16,8 @@ import fusedrnn
 from fusedrnn import terminal
 from fusedrnn.__main__ import main
 from fusedrnn.backends import native
+from fusedrnn.parity import ATTENTION
+from fusedrnn.scores import SCORES
 
 NO_NATIVE = "it is not built"
 ROOT = Path(fusedrnn.__file__).parents[1]
@@ -67,7 +69,8 @@ def test_doctor_in_a_process_of_its_own() -> None:
     assert done.returncode == (0 if native.unavailable() is None else 1), done.stderr
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
-    assert "reference  available" in lines
+    assert lines.count("reference  available") == 2  # of layers, and of attention
+    assert "Attention, cpu" in lines
     assert any(line.startswith("torch ") and line.endswith(torch.__version__) for line in lines)
 
 
@@ -118,6 +121,29 @@ def test_a_red_row_fails_parity_and_is_named(red: None, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "RED reference gru fp64 dense: output[0]: error 0.001 at index" in out
     assert out.endswith("3 comparisons, 3 red\n")
+
+
+@pytest.mark.parametrize("cell", ATTENTION)
+def test_attention_is_at_parity(cell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.random.get_rng_state()
+    assert main(["parity", "--backend", "reference", "--cell", cell, "--dtype", "bf16"]) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:-2]] == list(ATTENTION[cell])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_every_module_of_attention_has_a_row() -> None:
+    found = {name for name in fusedrnn.__all__ if name.endswith("Attention")}
+    assert set(ATTENTION) == {*found, "MultiheadAttention", "attend"}
+    assert ATTENTION["attend"] == tuple(SCORES)
+
+
+@needs_native
+def test_attention_is_at_parity_on_every_instruction_set(capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype in ("fp64", "fp32", "bf16"):
+        assert main(["parity", "--backend", "native", "--cell", "LuongAttention", "--dtype", dtype]) == 0
+    out = capsys.readouterr().out
+    for level in importlib.import_module("fusedrnn._C").isa_levels():
+        assert f"native {level}" in out
 
 
 @needs_native

@@ -1,4 +1,4 @@
-"""What is timed: one layer or stack, its sizes, and the work that it cannot do without."""
+"""What is timed: a layer, a stack or an attention, its sizes, and the work that it cannot do without."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..cells import CELLS
 MODES = ("inference", "training")
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # bytes of a value
 HEADS = 12  # of the layout of that name
+FILTERS, KERNEL_SIZE = 32, 31  # of the convolution of a location: Tacotron 2's
 _GATE_STEPS, _GATE_WORK = 16, 5e8
 
 
@@ -26,13 +27,15 @@ class Work(NamedTuple):
         resident: bytes of what every step reads again: the recurrent matrices of one layer (G*H*P, and P*H
             with a projection, per direction); for a single step every weight of the module.
         streamed: ``resident`` once per step and layer, in training once more for the backward: the least that
-            the level of memory that holds it has to deliver.
+            the level of memory that holds it has to deliver. Of an attention both are ``bytes``.
+        divisions: of an additive attention: one per tanh, which the backward makes again.
     """
 
     flops: float
     bytes: float
     resident: float
     streamed: float
+    divisions: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,80 @@ class Case:
         if self.mode == "training":
             return Work(3 * flops, 2 * values * size, resident, 2 * streamed)
         return Work(flops, values * size, resident, streamed)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention and its sizes.
+
+    Attributes:
+        form: operator (``fusedrnn.attend``, additive, of projected tensors); module (BahdanauAttention, its
+            projections included); decoder (the same with its memory projected before); location
+            (LocationSensitiveAttention); multihead (MultiheadAttention, whose weights are asked for).
+        batch, beams, queries, keys, hidden: B, beams, Tq, Tk and H, which is also the features of queries and
+            memory. The beams of a sequence share its memory.
+        mode: as of a Case; of decoder and location inference alone.
+        compiled: torch.compile of the eager code is timed too.
+        heads: of multihead.
+    """
+
+    form: str
+    batch: int
+    beams: int
+    queries: int
+    keys: int
+    hidden: int
+    mode: str
+    compiled: bool = True
+    dtype: str = "fp32"
+    heads: int = 8
+
+    @property
+    def time(self) -> int:
+        """Steps of a decoder that one call answers."""
+        return self.queries
+
+    @property
+    def label(self) -> str:
+        beams = f" beams{self.beams}" if self.beams > 1 else ""
+        sizes = f"B{self.batch}{beams} Tq{self.queries} Tk{self.keys} H{self.hidden}"
+        return f"{self.form} {sizes} {self.mode} {self.dtype}"
+
+    @property
+    def elements(self) -> int:
+        """B * beams * Tq * Tk * H: of the tensor that plain torch code of an additive score writes."""
+        return self.batch * self.beams * self.queries * self.keys * self.hidden
+
+    def grad_mode(self) -> AbstractContextManager[object]:
+        """What its calls run in."""
+        return torch.inference_mode(self.mode == "inference")
+
+    def gate(self) -> AttentionCase:
+        """The case whose parity speaks for this one: fewer sequences, as an fp64 oracle takes its time."""
+        return replace(self, batch=min(self.batch, 2), compiled=False)
+
+    def work(self) -> Work:
+        hidden, square = self.hidden, self.hidden**2
+        rows, keys = self.batch * self.beams * self.queries, self.batch * self.keys
+        filters, convolution = FILTERS * hidden, FILTERS * 2 * KERNEL_SIZE
+        # values but for query and context, products but for the context's
+        values, products = {
+            "operator": (2 * keys * hidden + hidden, 0),
+            "module": (keys * hidden + 2 * square + 2 * hidden, (rows + keys) * square),
+            "decoder": (2 * keys * hidden + square + 2 * hidden, rows * square),
+            "location": (
+                2 * keys * hidden + square + hidden + filters + convolution + 2 * keys + rows * self.keys,
+                rows * square + keys * (filters + convolution),
+            ),
+            "multihead": (4 * square + 4 * hidden + rows * self.keys, 4 * rows * square + self.elements),
+        }[self.form]
+        passes, twice = (3, 2) if self.mode == "training" else (1, 1)
+        flops = passes * 2.0 * (products + self.elements)
+        moved = twice * (values + 2 * rows * hidden) * ITEMSIZE[self.dtype]
+        return Work(flops, moved, moved, moved, 0 if self.form == "multihead" else twice * self.elements)
+
+
+AnyCase = Case | AttentionCase
 
 
 def grid(

@@ -20,14 +20,15 @@ from ..backends import select
 from ..cells import CELLS
 from ..parity import DTYPES, add_device_arguments, no_gpu, tf32
 from . import goals, loaded, memory
-from .cases import MODES, Case, grid
+from .attention import compile_missing
+from .cases import MODES, AnyCase, AttentionCase, Case, grid
 from .ceilings import Limits
 from .device import Device
-from .goals import GOALS, GPU_GOALS
+from .goals import ATTENTION_GOALS, GOALS, GPU_GOALS
 from .gpu import DEVICES
-from .groups import TIME, full, gpu, one_step
+from .groups import TIME, attention, full, gpu, one_step
 from .prepared import prepare
-from .report import COLUMNS, GRAPH_COLUMNS, Result, environment, lines, markdown
+from .report import ATTENTION_COLUMNS, COLUMNS, GRAPH_COLUMNS, Result, environment, lines, markdown
 from .run import run
 
 Report = dict[str, Any]
@@ -40,14 +41,17 @@ _LAYOUTS = {
 }
 
 
-def _plan(arguments: argparse.Namespace) -> list[tuple[str, Case]]:
+def _plan(arguments: argparse.Namespace) -> list[tuple[str, AnyCase]]:
     """The cases, each with its group."""
+    if arguments.cases == "attention":
+        groups = attention(arguments.compile)
+        return [(g, case) for g, cases in groups.items() for case in cases if _fits(case, arguments)]
     if not arguments.grid:
         return [(group, case) for group, cases in _groups(arguments).items() for case in cases]
     wanted = [(group, case) for group, case in gpu() if _wanted(case, arguments)]
     if arguments.time is not None:
         wanted = [(group, replace(case, time=arguments.time)) for group, case in wanted]
-    return wanted
+    return list(wanted)
 
 
 def _groups(arguments: argparse.Namespace) -> dict[str, list[Case]]:
@@ -64,12 +68,17 @@ def _groups(arguments: argparse.Namespace) -> dict[str, list[Case]]:
 
 def _wanted(case: Case, arguments: argparse.Namespace) -> bool:
     """Whether a case of --full, --one-step or --grid is one of those that arguments name."""
+    if arguments.cell and case.cell not in arguments.cell:
+        return False
+    return arguments.dtype in (None, case.dtype) and _fits(case, arguments)
+
+
+def _fits(case: AnyCase, arguments: argparse.Namespace) -> bool:
+    """Whether sizes and mode of a case are among those that arguments name."""
     named = (
-        (case.cell, arguments.cell),
         (case.hidden, arguments.hidden),
         (case.batch, arguments.batch),
         (case.mode, _modes(arguments)),
-        (case.dtype, arguments.dtype and (arguments.dtype,)),
     )
     return all(not wanted or value in wanted for value, wanted in named)
 
@@ -103,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
         description="torch.nn against fusedrnn on the same weights and input, in turns. A case that is not "
         "within the error budget is not timed. Without options: the table of the README.",
     )
+    parser.add_argument(
+        "cases",
+        nargs="?",
+        choices=("layers", "attention"),
+        default="layers",
+        help="attention: the operator and the modules against plain torch code, with their goals",
+    )
     add_device_arguments(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="a smaller grid")
@@ -123,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     for layout, help in _LAYOUTS.items():
         parser.add_argument(f"--{layout}", action="store_true", help=help)
+    parser.add_argument(
+        "--no-compile",
+        action="store_false",
+        dest="compile",
+        help="of attention: without torch.compile's times",
+    )
     parser.add_argument("--backend", choices=select.NAMES, help="default: the automatic choice")
     parser.add_argument(
         "--seconds", type=float, help=f"per case, at least (default: {_SECONDS}; --full: {_SECONDS_FULL})"
@@ -153,7 +175,8 @@ def _grid(
             if perf_counter() > end:
                 break
             step(case.label)
-            results.append(run(group, case, gate, seconds, device))
+            result = run(group, case, gate, seconds, device)
+            results.append(_with_memory(result) if device.name == "cpu" else result)
             save(_report(results, found))
         found = found.best(device.ceilings())
     left_out = [case.label for _, case in plan[len(results) :]]
@@ -162,14 +185,18 @@ def _grid(
     if device.graphs:
         columns = (*COLUMNS, *GRAPH_COLUMNS)
         rows = [row + result.graph_cells(found) for row, result in zip(rows, results)]
+    if arguments.cases == "attention":
+        columns = (*columns, *ATTENTION_COLUMNS)
+        rows = [row + result.attention_cells(found) for row, result in zip(rows, results)]
     terminal.table(columns, rows)
     if left_out:
         print(f"\nleft out, as time ran out: {len(left_out)} of {len(plan)} cases, from {left_out[0]} on")
     print(f"\n{found}\n")
     terminal.table(goals.GROUP_COLUMNS, goals.groups(results))
     report = {**_report(results, found), "left_out": left_out}
-    if arguments.full or arguments.one_step or arguments.grid:
-        verdicts = goals.verdicts(results, found, GPU_GOALS if arguments.grid else GOALS)
+    wanted = _goals(arguments)
+    if wanted:
+        verdicts = goals.verdicts(results, found, wanted)
         terminal.heading("Goals")
         terminal.table(goals.GOAL_COLUMNS, [verdict.cells() for verdict in verdicts])
         report["goals"] = [verdict.record() for verdict in verdicts]
@@ -177,6 +204,22 @@ def _grid(
         print(f"\n{markdown(results)}")
     save(report)
     return all(result.times for result in results)
+
+
+def _goals(arguments: argparse.Namespace) -> Sequence[goals.Goal]:
+    if arguments.cases == "attention":
+        return ATTENTION_GOALS
+    if arguments.grid:
+        return GPU_GOALS
+    return GOALS if arguments.full or arguments.one_step else ()
+
+
+def _with_memory(result: Result) -> Result:
+    """With the memory of an attention's training step, where the system can be asked."""
+    attention = isinstance(result.case, AttentionCase) and result.case.mode == "training"
+    if not (attention and result.times) or memory.missing():
+        return result
+    return replace(result, memory=memory.measure(result.case))
 
 
 def _report(results: Sequence[Result], found: Limits) -> Report:
@@ -201,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for; 0, or 1 if a case is over the error budget."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.cases == "attention":
+        _check_attention(parser, arguments)
     if arguments.memory and (why_not := memory.missing()):
         parser.error(why_not)
     if arguments.device == "cuda":
@@ -235,6 +280,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             within = _grid(arguments, seconds, device, save)
     return 0 if within else 1
+
+
+def _check_attention(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Leave with an error where an option is about layers; say what cannot be measured."""
+    for name in ("quick", "full", "one_step", "grid", "memory", "loaded", "cell", "time", "dtype", *_LAYOUTS):
+        if getattr(arguments, name):
+            parser.error(f"--{name.replace('_', '-')}: of layers, not of attention")
+    if arguments.compile and (why_not := compile_missing()):
+        print(f"torch.compile: not timed: {why_not}")
+        arguments.compile = False
+    if why_not := memory.missing():
+        print(why_not.replace("--memory: ", "memory: not measured: "))
 
 
 def _check_gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

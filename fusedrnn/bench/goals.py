@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-from .cases import Case
 from .ceilings import Limits
 from .groups import CELLS
 from .report import Result
@@ -15,7 +14,7 @@ from .report import Result
 GROUP_COLUMNS = ("group", "cases", "red", "geomean", "min", "slowest case")
 GOAL_COLUMNS = ("goal", "limit", "reached", "verdict", "worst case")
 
-Where = Callable[[Case], bool]
+Where = Callable[[Any], bool]  # of a case
 _STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
     "geomean": geometric_mean,
     "min": min,
@@ -202,6 +201,29 @@ GPU_GOALS = (
     Goal(("named",), "over torch, both replayed", "graph", "min", 1.0),
     Goal(CELLS, "over torch", "torch", "min", 1.0),
     Goal(CELLS, "over torch, both replayed", "graph", "min", 1.0),
+)
+
+
+def _least(group: str, over_torch: float, over_compile: float) -> list[Goal]:
+    return [
+        Goal((group,), "over plain torch code", "torch", "min", over_torch),
+        Goal((group,), "over torch.compile of it", "compile", "min", over_compile),
+    ]
+
+
+ATTENTION_GOALS = (
+    *_least("operator", 20.0, 8.0),
+    *_least("module", 9.0, 4.0),
+    Goal(
+        ("operator", "module"),
+        "peak extra memory, of inputs, weights, outputs and their gradients",
+        "memory_fused",
+        "max",
+        1.2,
+    ),
+    Goal(("decoder step",), "without beams: a call", "seconds", "max", 15e-6, lambda case: case.beams == 1),
+    Goal(("decoder step",), "over plain torch code", "torch", "min", 5.0),
+    Goal(("multihead",), "over nn.MultiheadAttention", "torch", "min", 1.0),
 )
 
 

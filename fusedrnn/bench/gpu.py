@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..doctor import version
 from ..parity import DTYPES, tf32
-from .cases import Case
+from .cases import AnyCase
 from .device import Call, Cpu, Device
 
 SETS = 4  # inputs in turn where one would stay in the L2 cache
@@ -48,21 +48,24 @@ class GpuCeilings:
     copy: float
     fp32: str
 
-    def level(self, case: Case) -> str:
+    def level(self, case: AnyCase) -> str:
         return "DRAM"
 
-    def moved(self, case: Case) -> float:
+    def moved(self, case: AnyCase) -> float:
         return case.work().bytes
 
-    def gemm_seconds(self, case: Case) -> float:
+    def gemm_seconds(self, case: AnyCase) -> float:
         return case.work().flops / self.flops[self.fp32 if case.dtype == "fp32" else case.dtype]
 
-    def read_seconds(self, case: Case) -> float:
+    def read_seconds(self, case: AnyCase) -> float:
         return self.moved(case) / self.copy
 
-    def seconds(self, case: Case) -> float:
+    def seconds(self, case: AnyCase) -> float:
         """No run of the case is faster."""
         return max(self.gemm_seconds(case), self.read_seconds(case))
+
+    def bound(self, case: AnyCase) -> str:
+        return "GEMM" if self.gemm_seconds(case) >= self.read_seconds(case) else self.level(case)
 
     def best(self, other: GpuCeilings) -> GpuCeilings:
         """The higher of each rate."""

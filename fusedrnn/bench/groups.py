@@ -1,10 +1,10 @@
-"""The grids of `--full`, `--one-step` and `--grid gpu`, group by group."""
+"""The grids of `--full`, `--one-step`, `--grid gpu` and of attention, group by group."""
 
 from __future__ import annotations
 
 from itertools import product
 
-from .cases import MODES, Case, grid
+from .cases import MODES, AttentionCase, Case, grid
 
 CELLS = ("lstm", "gru", "rnn_tanh")
 TIME = 128
@@ -31,6 +31,25 @@ def full() -> dict[str, list[Case]]:
         groups[layout] = list(grid(("lstm",), (64, 128, 256, 512), (1, 8, 32), TIME, MODES, (layout,)))
     halves = grid(CELLS, (128, 256, 512, 1024), (1, 4, 16, 64), TIME, ("inference",), ("dense",), "bf16")
     return {**groups, "bf16": list(halves), **one_step(), "odd shapes": _odd()}
+
+
+def attention(compiled: bool) -> dict[str, list[AttentionCase]]:
+    """Every group, by name."""
+
+    def both(form: str, batch: int, queries: int, keys: int, hidden: int) -> list[AttentionCase]:
+        return [AttentionCase(form, batch, 1, queries, keys, hidden, mode, compiled) for mode in MODES]
+
+    def steps(form: str, beams: int) -> AttentionCase:
+        return AttentionCase(form, 1, beams, 1, 100, 256, MODES[0], compiled)
+
+    # B, Tq, Tk, H
+    sizes = ((8, 32, 64, 256), (16, 50, 50, 512))
+    return {
+        **{form: [case for size in sizes for case in both(form, *size)] for form in ("operator", "module")},
+        "decoder step": [steps("operator", 1), steps("decoder", 1), steps("decoder", 16)],
+        "location": [AttentionCase("location", 16, 1, 1, 100, 256, MODES[0], compiled)],
+        "multihead": both("multihead", 8, 128, 128, 512),
+    }
 
 
 # Of the grid against cuDNN: the values of each axis, what matters most first.

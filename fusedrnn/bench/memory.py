@@ -1,4 +1,4 @@
-"""`--memory`: the peak extra memory of a training step, of torch.nn and of fusedrnn.
+"""`--memory`, and of an attention always: the peak extra memory of a training step, of torch and of fusedrnn.
 
 What is measured is the peak of the resident set (VmHWM of /proc/self/status, set back through
 /proc/self/clear_refs) over the resident set before the step: the first forward and backward of a module in a
@@ -11,16 +11,19 @@ Weights, input and the output's gradient exist before; output, saved tensors and
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case, grid
+from ..backends import select
+from .attention import PreparedAttention
+from .cases import AnyCase, AttentionCase, Case, grid
 from .groups import CELLS, TIME
 from .prepared import Prepared
 
@@ -34,17 +37,18 @@ def missing() -> str | None:
     return None if Path("/proc/self/clear_refs").exists() else "--memory: needs Linux's /proc/self/clear_refs"
 
 
-def measure(case: Case) -> dict[str, int]:
+def measure(case: AnyCase) -> dict[str, int]:
     """Peak extra bytes of a training step per side, each in a fresh process.
 
     Raises:
         RuntimeError: a process failed; with what it said.
     """
     found = {}
+    environment = {**os.environ, "FUSEDRNN_BACKEND": select.requested() or ""}
     for side in SIDES:
         code = f"from {__name__} import report_peak; report_peak()"
-        command = [sys.executable, "-c", code, side, json.dumps(astuple(case))]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-c", code, side, json.dumps([type(case).__name__, *astuple(case)])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{case.label} {side}: {done.stderr}")
         found[side] = int(done.stdout)
@@ -71,12 +75,13 @@ def cells(record: dict[str, Any]) -> tuple[str, ...]:
 
 def report_peak() -> None:
     """What the fresh process does: print the peak of a side and a case, as `measure` names them."""
-    side, case = sys.argv[1:]
-    print(_peak(Case(*json.loads(case)), side))
+    side, (kind, *fields) = sys.argv[1], json.loads(sys.argv[2])
+    kinds = {cls.__name__: cls for cls in (Case, AttentionCase)}
+    print(_peak(kinds[kind](*fields), side))
 
 
-def _peak(case: Case, side: str) -> int:
-    _training_step(Case(case.cell, 8, 1, 4, "training", "dense"), side)()
+def _peak(case: AnyCase, side: str) -> int:
+    _training_step(_tiny(case), side)()
     step = _training_step(case, side)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -84,7 +89,15 @@ def _peak(case: Case, side: str) -> int:
     return _status("VmHWM") - before
 
 
-def _training_step(case: Case, side: str) -> Callable[[], Any]:
+def _tiny(case: AnyCase) -> AnyCase:
+    if isinstance(case, AttentionCase):
+        return replace(case, batch=1, queries=2, keys=3, hidden=8)
+    return Case(case.cell, 8, 1, 4, "training", "dense")
+
+
+def _training_step(case: AnyCase, side: str) -> Callable[[], Any]:
+    if isinstance(case, AttentionCase):
+        return PreparedAttention.of(case).call(side)
     prepared = Prepared.of(case)
     module = prepared.stock if side == "torch" else prepared.fused
     input, hx = prepared.inputs

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..explain import explain
 from ..parity import DTYPES, make_module
 from ..testing import Parity, draw_inputs, parity, stock
-from .cases import HEADS, Case
+from .attention import PreparedAttention
+from .cases import HEADS, AnyCase, AttentionCase, Case
 from .device import Call, Cpu, Device, in_turn
 from .step import PreparedStep
 
@@ -135,8 +136,10 @@ def _training_call(module: nn.Module, inputs: tuple[Any, ...]) -> Call:
     return lambda: torch.autograd.grad(forward(), wanted, grad)
 
 
-def prepare(case: Case, device: Device | None = None) -> Prepared | PreparedStep:
+def prepare(case: AnyCase, device: Device | None = None) -> Prepared | PreparedStep | PreparedAttention:
     """On the CPU if ``device`` is None; a step of a stream runs there only."""
+    if isinstance(case, AttentionCase):
+        return PreparedAttention.of(case, device)
     if case.layout == "step":
         return PreparedStep.of(case)
     return Prepared.of(case, device)

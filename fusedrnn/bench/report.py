@@ -15,7 +15,7 @@ import torch
 
 from ..doctor import version
 from ..testing import Row
-from .cases import Case
+from .cases import AnyCase, AttentionCase, Case
 from .ceilings import Limits
 from .device import Device
 from .timing import Times
@@ -32,6 +32,7 @@ COLUMNS = (
     "of ceiling",
 )
 GRAPH_COLUMNS = ("graph: torch ms", "fused ms", "ratio", "us a step")
+ATTENTION_COLUMNS = ("Gelements/s", "memory, of the least: torch", "fused")
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,18 @@ class Result:
         times: per side: torch, fused, and what else the fused one was timed against.
         graph: of replays of a captured call, per side that could be captured.
         no_graph: why a side could not be.
+        memory: peak extra bytes per side, where they were asked for.
     """
 
     group: str
-    case: Case
+    case: AnyCase
     backend: str
     worst: Row
     times: Mapping[str, Times] = field(default_factory=dict)
     rounds: int = 0
     graph: Mapping[str, Times] = field(default_factory=dict)
     no_graph: Mapping[str, str] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -78,7 +81,22 @@ class Result:
             measures["of_read_beyond_l2"] = measures["of_read"]
         if self.graph.keys() >= {"torch", "fused"}:
             measures["graph"] = self.graph["torch"].p50 / self.graph["fused"].p50
+        if isinstance(self.case, AttentionCase):
+            measures["elements_per_second"] = self.case.elements / seconds
+        for side, peak in self.memory.items():
+            measures[f"memory_{side}"] = peak / work.bytes
         return measures
+
+    def attention_cells(self, ceilings: Limits) -> tuple[str, ...]:
+        """What an attention adds to the row of the table."""
+        found = self.measures(ceilings)
+        if not found:
+            return ("",) * len(ATTENTION_COLUMNS)
+        memory = [found.get(f"memory_{side}") for side in ("torch", "fused")]
+        return (
+            f"{found['elements_per_second'] / 1e9:.2f}",
+            *("-" if value is None else f"{value:.2f}" for value in memory),
+        )
 
     def graph_cells(self, ceilings: Limits) -> tuple[str, ...]:
         """What a device with graphs adds to the row of the table."""
@@ -94,7 +112,6 @@ class Result:
         if not self.times:
             return self.case.label, self.backend, f"RED {self.worst}", *[""] * 6
         found = self.measures(ceilings)
-        bound = "GEMM" if found["of_gemm"] >= found["of_read"] else ceilings.level(self.case)
         return (
             self.case.label,
             self.backend,
@@ -104,7 +121,7 @@ class Result:
             ", ".join(f"{side} {ratio:.2f}" for side, ratio in self.ratios.items() if side != "torch"),
             f"{found['flops_per_second'] / 1e9:.1f}",
             f"{found['bytes_per_second'] / 1e9:.1f}",
-            f"{found['of_ceiling']:.0%} {bound}",
+            f"{found['of_ceiling']:.0%} {ceilings.bound(self.case)}",
         )
 
     def record(self, ceilings: Limits) -> dict[str, Any]:
@@ -132,6 +149,10 @@ class Result:
             "of_gemm": found.get("of_gemm"),
             "of_read": found.get("of_read"),
             "of_ceiling": found.get("of_ceiling"),
+            "bound": ceilings.bound(self.case),
+            "divisions": work.divisions,
+            "elements_per_second": found.get("elements_per_second"),
+            "memory_bytes": dict(self.memory),
         }
 
 
@@ -179,9 +200,12 @@ def _commit() -> str | None:
 
 def markdown(results: Sequence[Result]) -> str:
     """Ratios torch time / fused time: a table by H, with B=a / b / c in a cell, and one of the rest."""
-    dense = [r for r in results if r.case.layout == "dense"]
-    hidden = sorted({r.case.hidden for r in dense})
-    batch = sorted({r.case.batch for r in dense})
+    dense = {
+        (case.cell, case.mode, case.hidden, case.batch): result
+        for result in results
+        if isinstance(case := result.case, Case) and case.layout == "dense"
+    }
+    hidden, batch = sorted({key[2] for key in dense}), sorted({key[3] for key in dense})
     lines = []
     if dense:
         lines += [
@@ -190,13 +214,10 @@ def markdown(results: Sequence[Result]) -> str:
             + " |",
             "| --- |" + " --- |" * len(hidden),
         ]
-        for cell, mode in dict.fromkeys((r.case.cell, r.case.mode) for r in dense):
-            found = {
-                (r.case.hidden, r.case.batch): r for r in dense if (r.case.cell, r.case.mode) == (cell, mode)
-            }
-            row = [" / ".join(_short(found.get((h, b))) for b in batch) for h in hidden]
+        for cell, mode in dict.fromkeys(key[:2] for key in dense):
+            row = [" / ".join(_short(dense.get((cell, mode, h, b))) for b in batch) for h in hidden]
             lines.append(f"| {cell} {mode} | " + " | ".join(row) + " |")
-    rest = [r for r in results if r.case.layout != "dense"]
+    rest = [result for result in results if result not in dense.values()]
     if rest:
         lines += ["", "| case | torch ms | fused ms | torch time / fused time |", "| --- | --- | --- | --- |"]
         for r in rest:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..budget import Parity, Row, raised
-from .cases import Case
+from .attention import PreparedAttention
+from .cases import AnyCase
 from .device import Device, in_turn
 from .prepared import Prepared, prepare
 from .report import Result
@@ -15,7 +16,9 @@ from .timing import interleave
 _GRAPH = " graph"
 
 
-def run(group: str, case: Case, gate: Callable[[Case], Parity], seconds: float, device: Device) -> Result:
+def run(
+    group: str, case: AnyCase, gate: Callable[[AnyCase], Parity], seconds: float, device: Device
+) -> Result:
     """Check a case against the error budget, and time it if it is within.
 
     A case that raises is over budget: those after it still run.
@@ -34,7 +37,10 @@ def run(group: str, case: Case, gate: Callable[[Case], Parity], seconds: float, 
 
 
 def _timed(
-    prepared: Prepared | PreparedStep, seconds: float, device: Device, what: tuple[str, Case, str, Row]
+    prepared: Prepared | PreparedStep | PreparedAttention,
+    seconds: float,
+    device: Device,
+    what: tuple[str, AnyCase, str, Row],
 ) -> Result:
     """Calls, and their replays where the device has graphs, all in turns."""
     calls = prepared.calls()

@@ -31,7 +31,8 @@ every_score = pytest.mark.parametrize("score", SCORES)
 def few_programs(monkeypatch):
     """The interpreter's time goes by operations, whatever they have to do."""
     if INTERPRETED:
-        monkeypatch.setattr(attending, "PAIRS", attending.Tiles(4, 16, 8, 1))
+        monkeypatch.setattr(attending, "PAIRS", attending.Tiles(4, 16, 16, 1))
+        monkeypatch.setattr(attending, "GRADIENTS", attending.Tiles(8, 16, 8, 1))
         monkeypatch.setattr(attending, "STEP", attending.Tiles(1, 64, 8, 4))
 
 
@@ -114,10 +115,10 @@ def test_keys_beyond_a_length_are_not_looked_at(score, poisoned):
 def test_strides(score, poisoned):
     """Heads that are columns of a projection, a memory that beams share, a mask for all heads."""
     torch.manual_seed(0)
-    query = torch.randn(2, 5, 2 * 16).view(2, 5, 2, 16).transpose(1, 2)
-    key = torch.randn(1, 2, 9, 16).expand(2, 2, 9, 16)
+    query = torch.randn(2, 5, 2 * 8).view(2, 5, 2, 8).transpose(1, 2)
+    key = torch.randn(1, 2, 9, 8).expand(2, 2, 9, 8)
     value = torch.randn(2, 1, 9, 40)[..., 3:27].expand(2, 2, 9, 24)
-    v = torch.randn(16) if score == "additive" else None
+    v = torch.randn(8) if score == "additive" else None
     mask = (torch.rand(2, 1, 5, 9) < 0.7).expand(2, 2, 5, 9)
     args = [t if t is None else t.to(DEVICE) for t in (query, key, value, v, mask, None)]
     grads = [torch.randn(2, 5, 2, 24).transpose(1, 2).to(DEVICE), torch.randn(2, 2, 5, 9).to(DEVICE)]

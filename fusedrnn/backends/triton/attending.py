@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attend import saved_shapes
 from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_bwd_kernel
 from .plan import MAX_REGISTERS
 from .scores import SCORES
@@ -28,6 +27,7 @@ class Tiles(NamedTuple):
 PRODUCT = Tiles(16, 32, 32, 4)
 # Where a thread has a column of D and all pairs of rows: no larger block of pairs stays in its registers.
 PAIRS = Tiles(4, 8, 32, 1)
+GRADIENTS = Tiles(2, 8, 32, 1)
 # Of one step, whose warps share the keys.
 STEP = Tiles(1, 64, 32, 4)
 VALUES = 32  # columns of a tile of values
@@ -43,7 +43,7 @@ def forward_tiles(score: str, queries: int) -> Tiles:
 
 def backward_tiles(score: str) -> Tiles:
     """Of the rows that have the gradient, the rows that it comes from, and D."""
-    return PRODUCT if score == "dot" else PAIRS
+    return PRODUCT if score == "dot" else GRADIENTS
 
 
 def forward(
@@ -64,7 +64,7 @@ def forward(
     (batch, heads, queries, size), keys, values = query.shape, key.shape[2], value.shape[3]
     context = query.new_empty((batch, heads, queries, values))
     weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
-    probabilities = query.new_empty(saved_shapes(batch, heads, queries, keys)[0], dtype=torch.float32)
+    probabilities = query.new_empty((batch, heads, queries, keys), dtype=torch.float32)
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask

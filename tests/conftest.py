@@ -36,11 +36,12 @@ def level(request):
 def poisoned(monkeypatch):
     """Every tensor that is allocated without a value is full of NaN."""
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *args, **kwargs: new_empty(self, *args, **kwargs).fill_(torch.nan),
-    )
+
+    def poison(self, *args, **kwargs):
+        made = new_empty(self, *args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
 
 
 @pytest.fixture

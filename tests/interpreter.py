@@ -5,12 +5,13 @@ reductions are silently wrong, conversions truncate. Importing this module mends
 
 * lanes that a masked load leaves without ``other`` are NaN, since the language calls them undefined;
 * a 32-bit offset that overflows raises, instead of addressing other memory;
+* a fused multiply-add rounds once;
 * ``range`` takes a kernel's argument under Triton 3.6 and NumPy 2.4;
 * a jit function that a kernel calls costs no longer ten times its work.
 
 What stays different from a GPU: fp32 products are exact whatever ``input_precision`` says, Python integers
-(loop counters) divide and wrap as Python's do, a program's own threads never race, and inline assembly,
-libdevice and bf16 atomics raise.
+(loop counters) divide and wrap as Python's do, a program's own threads never race, and inline assembly but
+for a reciprocal, libdevice and bf16 atomics raise.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,12 +141,30 @@ def _patch_tensor(patch: Callable[..., Any]) -> Callable[..., Any]:
     return patch_tensor
 
 
+def _inline_asm(
+    self: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
+) -> SimpleNamespace:
+    """The one instruction that a kernel here names."""
+    if text != "rcp.approx.ftz.f32 $0, $1;":
+        raise NotImplementedError(f"inline assembly {text!r}")
+    handle = Handle(np.reciprocal(values[0].data), tl.float32)
+    return SimpleNamespace(get_result=lambda i: handle)
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """With one rounding, as a GPU has it: in 64 bits a product of two floats is exact."""
+    found = x.data.astype(np.float64) * y.data + z.data
+    return Handle(found.astype(x.data.dtype), x.dtype)
+
+
 def _install() -> None:
     builder = interpreter.InterpreterBuilder
+    builder.create_fma = _fma
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_dot"):
         setattr(builder, name, _through_fp32(getattr(builder, name)))
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(builder, name, _cast(getattr(builder, name)))
+    builder.create_inline_asm = _inline_asm
     builder.create_masked_load = _masked_load(builder.create_masked_load)
     builder.get_bf16 = lambda self, value: _narrow(self.get_fp32(value))
     # checks of overflow are part of a debug build; the splits of fp32 products exist for CUDA alone

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import plan
+from .attending import NUM_STAGES, PRODUCT, VALUES, Tiles, backward_tiles, forward_tiles
+from .attention import ANY as ANY_ROWS
+from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_bwd_kernel
 from .cells import CELLS, Cell
 from .scan import ANY, scan_bwd_kernel, scan_fwd_kernel
+from .scores import SCORES
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _HIDDEN = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -40,6 +44,9 @@ def instances() -> Iterator[Instance]:
     yield from _of("gru", "fp32", "ieee", (True,))
     yield from _of("rnn_tanh", "fp16", "", (True,))
     yield from _of("rnn_relu", "fp32", "tf32", (True,))
+    for score in SCORES:
+        for dtype in ("bf16", "fp32"):
+            yield from _attends(score, dtype)
 
 
 def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Iterator[Instance]:
@@ -82,15 +89,7 @@ def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool,
         pointers |= {"resets_ptr": "*u8", "offsets_ptr": "*i64", "lengths_ptr": "*i64"}
     if persistent:
         pointers["counters_ptr"] = "*i32"
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in pointers:
-            signature[argument] = pointers[argument]
-        elif argument in constants or argument.endswith("_ptr"):
-            signature[argument] = "constexpr"
-            constants.setdefault(argument, None)
-        else:
-            signature[argument] = "i32" if argument in ANY else "i32:16"
+    signature, constants = _signature(kernel, pointers, constants)
     return Instance(
         " ".join(name.split()),
         kernel,
@@ -139,3 +138,90 @@ def _backward_constants(cell: Cell) -> dict[str, object]:
         "HAS_GRAD": True,
         "RECURRENT": True,
     }
+
+
+# ---- of the attend -----------------------------------------------------------------------------
+
+
+def _attends(score: str, dtype: str) -> Iterator[Instance]:
+    """The largest kernels: with a mask, lengths, weights and dropout."""
+    spec, t = SCORES[score], f"*{dtype}"
+    fixed = {"PRECISION": "ieee", "DROPOUT": True}
+    v = {"v_ptr": t} if score == "additive" else {}
+    common = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "context_ptr", "weights_ptr", "mask_ptr"), t)
+    common |= {"lengths_ptr": "*i64", "probabilities_ptr": "*fp32"}
+    for tiles in dict.fromkeys(forward_tiles(score, queries) for queries in (1, 64)):
+        of_score = {"START": spec.start, "ADD": spec.add, "FINISH": spec.finish, "PARTS": spec.parts}
+        blocks = {"BQ": tiles.rows, "BK": tiles.others, "BT": PRODUCT.others}
+        blocks |= {"BD": tiles.columns, "BV": VALUES}
+        yield _attend(
+            "forward", score, dtype, attend_fwd_kernel, tiles, common | v, fixed | of_score | blocks
+        )
+    tiles = backward_tiles(score)
+    for keys in (False, True):
+        pointers = dict.fromkeys(("own_ptr", "other_ptr", "d_own_ptr"), t) | v
+        pointers |= {"lengths_ptr": "*i64", "g_ptr": "*fp32"}
+        if v and not keys:
+            pointers["d_v_ptr"] = "*fp32"
+        constants = {
+            "BACKWARD": spec.backward,
+            "PARTS": spec.parts,
+            "KEYS": keys,
+            "PRECISION": "ieee",
+            "BO": tiles.rows,
+            "BT": tiles.others,
+            "BD": tiles.columns,
+        }
+        name = f"backward {'keys' if keys else 'queries'}"
+        yield _attend(name, score, dtype, attend_rows_bwd_kernel, tiles, pointers, constants)
+    if score == "dot":  # that of the scores is the same for all
+        names = ("value_ptr", "grad_context_ptr", "grad_weights_ptr")
+        sums = ("probabilities_ptr", "d_scores_ptr", "dropped_ptr")
+        pointers = dict.fromkeys(names, t) | dict.fromkeys(sums, "*fp32") | {"lengths_ptr": "*i64"}
+        blocks = {"BQ": PRODUCT.rows, "BK": PRODUCT.others, "BV": VALUES}
+        yield _attend(
+            "backward scores", score, dtype, attend_scores_bwd_kernel, PRODUCT, pointers, fixed | blocks
+        )
+
+
+def _attend(
+    pass_: str,
+    score: str,
+    dtype: str,
+    kernel: Any,
+    tiles: Tiles,
+    pointers: dict[str, str],
+    constants: dict[str, object],
+) -> Instance:
+    signature, constexprs = _signature(kernel, pointers, constants)
+    return Instance(
+        f"attend {pass_} {score} {dtype} {tiles.rows}x{tiles.others}x{tiles.columns}",
+        kernel,
+        signature,
+        constexprs,
+        tiles.num_warps,
+        NUM_STAGES,
+        plan.MAX_REGISTERS,
+        False,
+        dtype == "bf16" and (score == "dot" or pass_ == "forward"),
+    )
+
+
+_TYPES = {"scale": "fp32", "kept": "fp32", "threshold": "i32", "seed": "i64"}
+
+
+def _signature(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, object]
+) -> tuple[dict[str, str], dict[str, object]]:
+    """The type of every argument, and the constants with those pointers that are None."""
+    signature, constants = {}, dict(constants)
+    for argument in kernel.arg_names:
+        if argument in pointers:
+            signature[argument] = pointers[argument]
+        elif argument in constants or argument.endswith("_ptr"):
+            signature[argument] = "constexpr"
+            constants.setdefault(argument, None)
+        else:
+            anything = "i32" if argument in (*ANY, *ANY_ROWS) else "i32:16"
+            signature[argument] = _TYPES.get(argument, anything)
+    return signature, constants

@@ -369,4 +369,6 @@ def test_the_plugin_offers_a_fixture_and_a_backend(tmp_path: Path) -> None:
 def test_the_plugin_refuses_an_unknown_backend(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "--fusedrnn-backend=cudnn")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--fusedrnn-backend: backend: expected one of native, triton, reference, torch or auto" in done.stderr
+    assert (
+        "--fusedrnn-backend: backend: expected one of native, triton, reference, torch or auto" in done.stderr
+    )

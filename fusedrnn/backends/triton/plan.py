@@ -18,6 +18,9 @@ class Machine(NamedTuple):
     shared: int  # bytes of shared memory that a program may have
 
 
+MAX_REGISTERS = 255  # that a thread can have
+
+
 class Plan(NamedTuple):
     """A schedule (scan.py) and its tiles: BB rows of the batch by BU units, products in NK tiles of BK."""
 
@@ -28,7 +31,7 @@ class Plan(NamedTuple):
     NK: int  # 0 where the weights are not held
     num_warps: int
     num_stages: int
-    maxnreg: int | None = 255  # registers of a thread; None leaves them to ptxas
+    maxnreg: int | None = MAX_REGISTERS  # of a thread; None leaves them to ptxas
 
     @property
     def hold(self) -> bool:
@@ -84,7 +87,7 @@ def choose(
     held = blocks * block * _UNITS * size * (4 if backward else _columns(gates, backward))
     if held <= machine.shared * _HELD and size == 2 and blocks <= _UNROLLED[rows]:
         left = blocks == 8 or (blocks, gates, backward) in _LEFT_TO_PTXAS
-        return Plan("persistent", rows, _UNITS, block, blocks, 8, 2, None if left else 255)
+        return Plan("persistent", rows, _UNITS, block, blocks, 8, 2, None if left else MAX_REGISTERS)
     return _stepped(rows, size)._replace(schedule="persistent")
 
 

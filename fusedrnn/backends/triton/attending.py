@@ -46,6 +46,11 @@ def backward_tiles(score: str) -> Tiles:
     return PRODUCT if score == "dot" else GRADIENTS
 
 
+def forward_registers(score: str, size: int, rows: int) -> int | None:
+    """Of a thread, for values of `size` bytes and tiles of `rows`; None where ptxas spills if told."""
+    return None if score == "additive" and size == 2 and rows > 1 else MAX_REGISTERS
+
+
 def forward(
     score: str,
     query: Tensor,
@@ -75,7 +80,8 @@ def forward(
         heads, queries, keys, size, values, _scale(score, scale), *_drop(dropout, seed),
         START=spec.start, ADD=spec.add, FINISH=spec.finish, PARTS=spec.parts, DROPOUT=dropout > 0,
         PRECISION=_precision(), BQ=tiles.rows, BK=tiles.others, BT=PRODUCT.others, BD=tiles.columns,
-        BV=VALUES, num_warps=tiles.num_warps, num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
+        BV=VALUES, num_warps=tiles.num_warps, num_stages=NUM_STAGES,
+        maxnreg=forward_registers(score, query.element_size(), tiles.rows),
     )  # fmt: skip
     return context, weights, [probabilities] if save else []
 

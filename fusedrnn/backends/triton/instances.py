@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import plan
-from .attending import NUM_STAGES, PRODUCT, VALUES, Tiles, backward_tiles, forward_tiles
+from .attending import NUM_STAGES, PRODUCT, VALUES, Tiles, backward_tiles, forward_registers, forward_tiles
 from .attention import ANY as ANY_ROWS
 from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_bwd_kernel
 from .cells import CELLS, Cell
@@ -201,7 +201,7 @@ def _attend(
         constexprs,
         tiles.num_warps,
         NUM_STAGES,
-        plan.MAX_REGISTERS,
+        forward_registers(score, _SIZES[dtype], tiles.rows) if pass_ == "forward" else plan.MAX_REGISTERS,
         False,
         dtype == "bf16" and (score == "dot" or pass_ == "forward"),
     )

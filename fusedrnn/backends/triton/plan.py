@@ -86,7 +86,7 @@ def choose(
     blocks = power_of_two(-(-depth // block))  # few kernels serve many H
     held = blocks * block * _UNITS * size * (4 if backward else _columns(gates, backward))
     if held <= machine.shared * _HELD and size == 2 and blocks <= _UNROLLED[rows]:
-        left = blocks == 8 or (blocks, gates, backward) in _LEFT_TO_PTXAS
+        left = (blocks, gates, backward) in _LEFT_TO_PTXAS
         return Plan("persistent", rows, _UNITS, block, blocks, 8, 2, None if left else MAX_REGISTERS)
     return _stepped(rows, size)._replace(schedule="persistent")
 
@@ -94,9 +94,9 @@ def choose(
 _UNITS = 16
 # How much of the shared memory may be weights, by the bytes of a value, and how many products a step may
 # unroll, by rows: beyond that, and where fp32 unrolls, the compiler spills (benchmarks/offline).
-_RESIDENT = {2: 0.3, 4: 0.1}
+_RESIDENT = {2: 0.3, 4: 0.05}
 _HELD = 0.6
-_UNROLLED = {16: 8, 32: 2}
+_UNROLLED = {16: 4, 32: 2}
 # Left alone, ptxas spills some bytes to fit two programs on an SM, which nothing here needs. Given all
 # registers, it fetches held weights so far ahead in these kernels that it spills too: (products, gates,
 # backward).

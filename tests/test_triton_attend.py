@@ -171,7 +171,10 @@ def test_empty(score, empty, poisoned):
 
 
 @every_score
-def test_a_gpu_gets_these_kernels(score):
+def test_a_gpu_gets_these_kernels_once_they_are_proven(score, monkeypatch):
+    monkeypatch.setattr(select, "UNPROVEN", frozenset())
+    for choice in ("_table", "no_kernel"):
+        monkeypatch.setattr(select, choice, getattr(select, choice).__wrapped__)
     request = select.Request(score, torch.bfloat16, "cuda", "attend")
     assert select.against("triton", request) is None
     assert select._table(request, None).backend == "triton"

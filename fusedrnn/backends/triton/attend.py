@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...scores import SCORES
 from . import no_kernel
@@ -22,15 +23,17 @@ def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[
     return [(batch, heads, queries, keys)]
 
 
-def forward(*args: Any) -> Any:
+def forward(score: str, query: Tensor, *rest: Any) -> Any:
     """Context, weights and what is saved. Shapes: docs/architecture.md, "The attend"."""
     from .attending import forward
 
-    return forward(*args)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        return forward(score, query, *rest)
 
 
-def backward(*args: Any) -> Any:
+def backward(score: str, query: Tensor, *rest: Any) -> Any:
     """Gradients of query, key, value, v and of an added mask; None where not needed."""
     from .attending import backward
 
-    return backward(*args)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        return backward(score, query, *rest)

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     weights: list[dict[str, Tensor]]  # by direction, under _NAMES
     weight_hh: Tensor  # [D, G*H, P]
     resets: Tensor | None  # [N] uint8
-    sizes: list[int] | None
+    batch_sizes: Tensor | None  # [T], on the CPU
     offsets: Tensor | None  # [T+1] int64
     lengths: Tensor | None  # [B] int64
 
@@ -49,10 +49,10 @@ class Call(NamedTuple):
 
     def step(self, t: int) -> slice:
         """The rows of a step."""
-        if self.sizes is None:
+        if self.batch_sizes is None:
             return slice(t * self.batch, (t + 1) * self.batch)
-        first = sum(self.sizes[:t])
-        return slice(first, first + self.sizes[t])
+        end = int(self.batch_sizes[: t + 1].sum())
+        return slice(end - int(self.batch_sizes[t]), end)
 
     def times(self, i: int) -> list[int]:
         """Which step of time is the i-th step, per direction."""
@@ -134,9 +134,9 @@ def call(
     hidden = weights[0].shape[0] // spec.gates
     each = len(weights) // directions
     directed = [dict(zip(_NAMES[each], weights[d * each : (d + 1) * each])) for d in range(directions)]
-    time, sizes, offsets, lengths = input.shape[0], None, None, None
+    time, offsets, lengths = input.shape[0], None, None
     if batch_sizes is not None:
-        time, sizes = batch_sizes.shape[0], batch_sizes.tolist()
+        time = batch_sizes.shape[0]
         offsets, lengths = _steps(batch_sizes, input.device)
     projected = "hr" in directed[0]
     size = input.element_size()
@@ -157,7 +157,7 @@ def call(
         weights=directed,
         weight_hh=stacked(directed, "hh"),
         resets=resets,
-        sizes=sizes,
+        batch_sizes=batch_sizes,
         offsets=offsets,
         lengths=lengths,
     )

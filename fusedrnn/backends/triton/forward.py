@@ -71,10 +71,10 @@ def forward(
                 for d, t in enumerate(c.times(i)):
                     columns = slice(d * c.proj, (d + 1) * c.proj)
                     out[c.step(t), columns] = made[d, c.step(t)] @ c.weights[d]["hr"].t()
-    last = list(now.to(input.dtype).unbind(0))
+    last = [s.to(input.dtype, copy=True) for s in now]
     if c.projected:
         last[0] = _last_rows(c, out)
-    return output, [s.clone() for s in last], tensors
+    return output, last, tensors
 
 
 def project_input(c: Call, d: int, out: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...cells import CELLS
 from . import no_kernel
@@ -24,15 +25,17 @@ def saved_tensors(*args: Any) -> Any:
     return saved_tensors(*args)
 
 
-def forward(*args: Any) -> Any:
+def forward(cell: str, input: Tensor, *rest: Any) -> Any:
     """One layer. Shapes: docs/architecture.md, "The layer"."""
     from .forward import forward
 
-    return forward(*args)
+    with torch.cuda.device_of(input):  # Triton launches on the current one
+        return forward(cell, input, *rest)
 
 
-def backward(*args: Any) -> Any:
+def backward(cell: str, input: Tensor, *rest: Any) -> Any:
     """Gradients of `input`, `weights` and `states`, in their order; None where not needed."""
     from .backward import backward
 
-    return backward(*args)
+    with torch.cuda.device_of(input):  # Triton launches on the current one
+        return backward(cell, input, *rest)

@@ -72,7 +72,7 @@ def choose(
         size: bytes of a value as stored.
         projected: whether the hidden state is projected, which only the stepped schedule can do.
     """
-    rows = 16 if batch <= 16 or size == 4 else 32
+    rows = _rows(batch, size)
     if projected:
         return _stepped(rows, size)
     units = max(16, power_of_two(hidden))
@@ -103,13 +103,18 @@ _UNROLLED = {16: 4, 32: 2}
 _LEFT_TO_PTXAS = {(4, 1, False), (4, 4, True)}
 
 
+def _rows(batch: int, size: int) -> int:
+    """Of a tile: products of fp32 in more rows spill."""
+    return 16 if batch <= 16 or size == 4 else 32
+
+
 def _columns(gates: int, backward: bool) -> int:
     return gates if backward else power_of_two(gates)
 
 
 def one_step(batch: int, size: int) -> Plan:
     """The plan of a call for a single step."""
-    return _stepped(16 if batch <= 16 else 32, size)
+    return _stepped(_rows(batch, size), size)
 
 
 def _stepped(rows: int, size: int) -> Plan:

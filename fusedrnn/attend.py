@@ -78,20 +78,21 @@ def attend(
     if lengths is not None:
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
-    plain = not need_weights and not _differentiated(tensors)
-    if needs_torch(tensors):
+    unobserved = ops.unobserved(tensors)
+    plain = not need_weights and (unobserved or not _differentiated(tensors))
+    if not unobserved and needs_torch(tensors):
         backend = "torch"
     else:
-        masked, ragged = mask is not None, lengths is not None
         narrow = False
         if query.shape[-1] <= hand_over.SMALL_HEAD:  # a branch settles a symbolic size
             narrow = True
         backend = _chosen(
-            score, query.dtype, query.device.type, plain, masked, ragged, narrow, select.requested()
-        )
+            score, query.dtype, query.device.type, plain, mask is not None, lengths is not None, narrow,
+            select.requested(),
+        )  # fmt: skip
     if backend != "torch":
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout > 0 else None
-        return ops.attend(score, *tensors, scale, dropout, seed, need_weights, backend)
+        return ops.attend(score, *tensors, scale, dropout, seed, need_weights, backend, unobserved)
     if score == "dot" and plain:
         joined = _joined(mask, lengths, key.shape[-2])
         context = nn.functional.scaled_dot_product_attention(query, key, value, joined, dropout, scale=scale)
@@ -175,14 +176,11 @@ def _check(
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    for name, tensor, layout in (
-        ("query", query, "[B, N, Tq, D]"), ("key", key, "[B, N, Tk, D]"), ("value", value, "[B, N, Tk, Dv]")
-    ):  # fmt: skip
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {list(tensor.shape)}")
-        _check_like(name, tensor, query)
+    _check_rows("query", query, "[B, N, Tq, D]")
+    _check_rows("key", key, "[B, N, Tk, D]")
+    _check_rows("value", value, "[B, N, Tk, Dv]")
+    _check_like("key", key, query)
+    _check_like("value", value, query)
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
     if key.shape != (batch, heads, keys, size):
@@ -220,6 +218,13 @@ def _check(
             raise RuntimeError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
         if lengths.device != query.device:
             raise RuntimeError(f"lengths: expected device {query.device} of query, got {lengths.device}")
+
+
+def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {list(tensor.shape)}")
 
 
 def _check_like(name: str, tensor: Tensor, query: Tensor, or_bool: bool = False) -> None:

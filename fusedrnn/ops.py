@@ -56,6 +56,19 @@ class _Call(Protocol):
         """The outputs by the operator."""
 
 
+def unobserved(tensors: Sequence[Any]) -> bool:
+    """Whether a call may go straight to its kernel: no derivative, compiler, transform, mode or subclass."""
+    return not (
+        (torch.is_grad_enabled() and any_grad(tensors))
+        or torch.compiler.is_compiling()
+        or functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
 def _run(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
     """The outputs of a call: differentiable, compilable, vmappable."""
     wants_grad = torch.is_grad_enabled() and any_grad(tensors)
@@ -368,14 +381,19 @@ def attend(
     seed: Optional,
     need_weights: bool,
     backend: str,
+    straight: bool = False,
 ) -> tuple[Tensor, Optional]:
-    """Run one attend on ``backend``.
+    """Run one attend on ``backend``; ``straight`` to its kernel if the caller knows it `unobserved`.
 
     Shapes: docs/architecture.md, "The attend". Arguments are trusted: fusedrnn.attend validates.
 
     Returns:
         The context ``[B, N, Tq, Dv]``, and the weights ``[B, N, Tq, Tk]`` if they are needed.
     """
+    if straight:
+        return attend_operator.launch_forward(
+            score, query, key, value, v, mask, lengths, scale, dropout, seed, need_weights, False, backend
+        )[:2]
     is_float = mask is not None and mask.is_floating_point()
     call = _Attend(score, v is not None, is_float, scale, dropout, need_weights, backend)
     floats = [t for t in (v, mask if is_float else None) if t is not None]

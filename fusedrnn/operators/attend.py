@@ -32,8 +32,9 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     """A tensor whose last dimension is contiguous in memory, and holds its values."""
     if tensor is None:
         return None
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.is_neg() or tensor.stride()[-1] != 1:
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor
 
 
 def _number(seed: Tensor | None) -> int:
@@ -56,9 +57,11 @@ def launch_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    tensors = map(_rows, (query, key, value, v, mask, lengths))
     kernels = select.kernels(backend, "attend")
-    return kernels.forward(score, *tensors, scale, dropout, _number(seed), need_weights, save)
+    return kernels.forward(
+        score, _rows(query), _rows(key), _rows(value), _rows(v), _rows(mask), _rows(lengths), scale, dropout,
+        _number(seed), need_weights, save,
+    )  # fmt: skip
 
 
 @without_autocast

@@ -55,7 +55,8 @@ def forward(
         dropout, seed: the share of weights to drop, and which.
     """
     dtype = query.dtype
-    (batch, heads, queries, _), keys, values = query.shape, key.shape[2], value.shape[3]
+    batch, heads, queries, _ = query.shape
+    _, _, keys, values = value.shape
     context = query.new_empty((batch, heads, queries, values))
     weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
     shapes = saved_shapes(batch, heads, queries, keys) if save else []
@@ -70,8 +71,8 @@ def forward(
         kind,
         *masked,
         context.data_ptr(),
-        _pointer(weights),
-        *(map(_pointer, saved) if save else (0, 0)),
+        0 if weights is None else weights.data_ptr(),
+        *([s.data_ptr() for s in saved] if save else (0, 0)),
     )
     _C.attend_forward(_STORAGE[dtype], torch.get_num_threads(), fields)
     return context, weights, saved
@@ -123,8 +124,8 @@ def backward(
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
-    strides = tensor.stride()
-    return tensor.data_ptr(), strides[0], strides[1], strides[2]
+    batch, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), batch, head, row
 
 
 def _shared(
@@ -139,18 +140,10 @@ def _shared(
     seed: int,
 ) -> tuple[float, ...]:
     """The fields of csrc/cpu/attend.h's Attend."""
+    batch, heads, queries, width = query.shape
+    _, _, keys, values = value.shape
     return (
-        _SCORES[score],
-        *query.shape[:3],
-        key.shape[2],
-        query.shape[3],
-        value.shape[3],
-        *_rows(query),
-        *_rows(key),
-        *_rows(value),
-        _pointer(v),
-        _pointer(lengths),
-        scale if score == "dot" else 1.0,
-        dropout,
-        seed,
-    )
+        _SCORES[score], batch, heads, queries, keys, width, values, *_rows(query), *_rows(key), *_rows(value),
+        0 if v is None else v.data_ptr(), 0 if lengths is None else lengths.data_ptr(),
+        scale if score == "dot" else 1.0, dropout, seed,
+    )  # fmt: skip

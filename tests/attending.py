@@ -106,7 +106,7 @@ class Case:
 
 
 def close(ours, theirs) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 def everything(run, floats) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def agree(stock, fused, inputs, **options) -> None:
     for theirs, ours in zip(everything(stock, inputs, **options), everything(fused, inputs, **options)):
         assert (theirs is None) == (ours is None)
         if theirs is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -92,7 +92,7 @@ plain_cases = pytest.mark.parametrize(
 
 
 def close(ours, theirs) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 @every_case

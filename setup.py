@@ -228,17 +228,18 @@ class Build(build_ext):
                 return False
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "fusedrnn._C",
-            SOURCES,
-            include_dirs=["csrc", pybind11.get_include()],
-            depends=[*HEADERS, *CUDA_SOURCES],
-            extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
-            language="c++",
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "fusedrnn._C",
+                SOURCES,
+                include_dirs=["csrc", pybind11.get_include()],
+                depends=[*HEADERS, *CUDA_SOURCES],
+                extra_compile_args=FLAGS,
+                extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
+                language="c++",
+            )
+        ],
+        cmdclass={"build_ext": Build},
+    )

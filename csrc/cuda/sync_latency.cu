@@ -196,7 +196,7 @@ __device__ unsigned read(const Exchange& x, const uint4* buffer, unsigned round)
 }
 
 template <Mechanism M>
-__global__ void __launch_bounds__(1024) exchange_kernel(Exchange x) {
+__global__ void __launch_bounds__(1024, 1) exchange_kernel(Exchange x) {
   extern __shared__ uint4 shared[];  // [2, vectors] where the data is exchanged there
   __shared__ alignas(8) uint64_t barriers[2];
   uint4* const buffers = in_shared(M) ? shared : x.buffers;

@@ -168,7 +168,7 @@ def test_resets(cell, schedule):
         grads = torch.autograd.grad(made, leaves, [p.to(dtype) for p in pull])
         return named([*(t.detach() for t in made), *grads])
 
-    flat = resets.view(-1)
+    flat = resets.view(1, -1).bool()
     with planned(schedule), together(schedule, order="lagging"):
         output, last, saved = layer.forward(cell, x, None, weights, states, 1, 1, flat)
         needs = (True, [True] * len(weights), [True] * count)

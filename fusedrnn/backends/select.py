@@ -28,6 +28,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     device_type: str
     operation: str = "layer"  # or "attend"
+    resets: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class use_backend:
 def against(name: str, request: Request) -> str | None:
     """Why a backend cannot run a request; None if it can."""
     if name == "torch":
-        return None
+        return "torch.nn has no resets in mid-sequence" if request.resets else None
     reason = get(name).unavailable()
     if reason is not None:
         return reason

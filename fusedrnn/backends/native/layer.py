@@ -160,6 +160,7 @@ def forward(
     states: Sequence[Tensor],
     directions: int,
     save: int,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
     spec = _CELLS[cell]
@@ -215,6 +216,7 @@ def forward(
                     gates_at and gates_at + d * rows * gates * hidden * wide,
                     extra_at and extra_at + d * rows * hidden * wide,
                     raw_at and raw_at + d * rows * hidden * wide,
+                    0 if resets is None else resets[d].data_ptr(),
                 )
             )
         _C.forward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
@@ -233,6 +235,7 @@ def backward(
     grad_output: Tensor | None,
     grad_last: Sequence[Tensor | None],
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    resets: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Gradients of `input`, `weights` and `states`, in their order; None where not needed.
 
@@ -295,6 +298,7 @@ def backward(
                     d_states[1][d].data_ptr() if spec.states == 2 else 0,
                     0 if d_input is None else d_input[d].data_ptr(),
                     *map(_pointer, d_w),
+                    0 if resets is None else resets[d].data_ptr(),
                 )
             )
         _C.backward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import plan
 from .call import Call, Saved, call, named
 from .forward import project_input
 from .scan import scan_bwd_kernel
@@ -131,7 +132,10 @@ def _scan_projected(
         )
         for d, t in enumerate(times):
             rows = c.step(t)
-            torch.mm(d_x_gates[d, rows], c.weight_hh[d], out=d_h[d, : rows.stop - rows.start])
+            d_step = d_h[d, : rows.stop - rows.start]
+            torch.mm(d_x_gates[d, rows], c.weight_hh[d], out=d_step)
+            if c.resets is not None:
+                d_step.masked_fill_(c.resets[d, rows, None], 0)
     return [d_h, *d_now[1:].to(d_h.dtype)], d_projected
 
 
@@ -173,7 +177,8 @@ def _gates_again(c: Call, start: Tensor, out: Tensor) -> Tensor:
     gates = c.cell.gates * c.hidden
     found = c.x.new_empty((c.directions, c.rows, c.cell.saved * c.hidden))
     x_gates, h_gates = c.x.new_empty((2, c.rows, gates))
-    grid = (-(-c.rows // 16), -(-c.hidden // 64))
+    rows, units = plan.RECOMPUTED
+    grid = (-(-c.rows // rows), -(-c.hidden // units))
     for d, w in enumerate(c.weights):
         project_input(c, d, x_gates)
         torch.mm(_before(c, d, start, out), w["hh"].t(), out=h_gates)
@@ -181,7 +186,7 @@ def _gates_again(c: Call, start: Tensor, out: Tensor) -> Tensor:
             h_gates += w["bias_hh"]
         activate_kernel[grid](
             x_gates, h_gates, found[d], c.rows, c.hidden,
-            ACTIVATE=c.cell.activate, G=c.cell.gates, SAVED=c.cell.saved, BB=16, BU=64,
+            ACTIVATE=c.cell.activate, G=c.cell.gates, SAVED=c.cell.saved, BB=rows, BU=units,
         )  # fmt: skip
     return found
 
@@ -194,7 +199,7 @@ def _before(c: Call, d: int, start: Tensor, out: Tensor) -> Tensor:
         before = torch.cat([start[d], h[:n]] if d == 0 else [h[c.batch :], start[d]])
     else:
         before = torch.cat([h, start[d]])[_sources(c, d, c.offsets)]
-    return before if c.resets is None else before * (c.resets == 0).to(before.dtype)[:, None]
+    return before if c.resets is None else before.masked_fill_(c.resets[d, :, None], 0)
 
 
 def _sources(c: Call, d: int, offsets: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Call(NamedTuple):
     x: Tensor  # [N, I]
     weights: list[dict[str, Tensor]]  # by direction, under _NAMES
     weight_hh: Tensor  # [D, G*H, P]
-    resets: Tensor | None  # [N] uint8
+    resets: Tensor | None  # [D, N] bool
     batch_sizes: Tensor | None  # [T], on the CPU
     offsets: Tensor | None  # [T+1] int64
     lengths: Tensor | None  # [B] int64
@@ -67,7 +67,7 @@ class Call(NamedTuple):
         counters = self.x.new_zeros(grid[1] * grid[2], dtype=torch.int32) if persistent else None
         kernel[grid](
             *args,
-            self.resets,
+            None if self.resets is None else self.resets.view(torch.uint8),
             self.offsets,
             self.lengths,
             counters,

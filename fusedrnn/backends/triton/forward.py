@@ -23,11 +23,7 @@ def forward(
     save: int,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous.
-
-    Args:
-        resets: uint8 ``[N]``: the states are zero before the step of these rows.
-    """
+    """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
     c = call(cell, input, batch_sizes, weights, states, directions, resets, False)
     output = input.new_empty((*input.shape[:-1], directions * c.proj))
     kept, tensors = Saved(None, None, None), []

@@ -83,7 +83,7 @@ def scan_fwd_kernel(
     saved_ptr,  # [D, N, SAVED*H], if SAVE
     cells_ptr,  # [S-1, D, N, H] fp32: the other states, if SAVE
     h_direction, h_row, output_direction, output_row,
-    resets_ptr,  # [N] uint8, if RESETS: the states are zero before these rows
+    resets_ptr,  # [D, N] uint8, if RESETS: the states are zero before these rows
     offsets_ptr,  # [T+1] int64, if RAGGED
     lengths_ptr,  # [B] int64, if RAGGED
     counters_ptr,  # [D, batch tiles] int32, zeros, if PERSISTENT
@@ -124,6 +124,8 @@ def scan_fwd_kernel(
     output_ptr += direction * output_direction
     if SAVE and SAVED > 0:
         saved_ptr += direction * N * SAVED * H
+    if RESETS:
+        resets_ptr += direction * N
     if PERSISTENT:
         counter_ptr = counters_ptr + d * tl.num_programs(1) + tile
 
@@ -267,7 +269,7 @@ def scan_bwd_kernel(
     d_x_gates_ptr,  # [D, N, G*H]
     d_h_gates_ptr,  # [D, N, G*H]; d_x_gates_ptr's memory unless SPLIT
     saved_direction, saved_row, h_direction, h_row, grad_direction, grad_row,
-    resets_ptr,  # [N] uint8, if RESETS
+    resets_ptr,  # [D, N] uint8, if RESETS
     offsets_ptr,  # [T+1] int64, if RAGGED
     lengths_ptr,  # [B] int64, if RAGGED
     counters_ptr,  # [D, batch tiles] int32, zeros, if PERSISTENT
@@ -309,6 +311,8 @@ def scan_bwd_kernel(
     d_h_gates_ptr += direction * N * G * H
     if HAS_GRAD:
         grad_ptr += direction * grad_direction
+    if RESETS:
+        resets_ptr += direction * N
     if PERSISTENT:
         counter_ptr = counters_ptr + d * tl.num_programs(1) + tile
 

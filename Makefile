@@ -38,9 +38,10 @@ test: export OMP_WAIT_POLICY = passive
 test: $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
-# Every Triton kernel for GPUs that need not be here, by both versions of Triton that must compile it.
+# Every kernel for GPUs that need not be here: by nvcc where it is, by both versions of Triton that must compile it.
 offline: export PYTHONPATH := .:$(PYTHONPATH)
 offline: $(STAMPS)/test $(STAMPS)/triton-$(OLD_TRITON)
+	$(PY) -m benchmarks.ptxas --jobs $(WORKERS) $(ARGS)
 	$(PY) -m benchmarks.offline --jobs $(WORKERS) $(ARGS)
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON):$(PYTHONPATH) $(PY) -m benchmarks.offline --jobs $(WORKERS) $(ARGS)
 

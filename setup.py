@@ -1,17 +1,21 @@
-"""Builds fusedrnn._C with the C++ compiler alone: no torch, no network.
+"""Builds fusedrnn._C with the C++ compiler, and nvcc where it is: no torch, no network.
 
 FUSEDRNN_CUDA=auto|0|1 is the one build variable: whether CUDA sources are compiled when nvcc is
-there, never, or must be. There are none yet.
+there, never, or must be.
 """
 
 import glob
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 from setuptools import Extension, setup
@@ -40,40 +44,91 @@ ISA_FLAGS = {
     "attend_avx512.cpp": AVX512,
 }
 SOURCES = [
-    *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/attend.cpp"),
+    *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/attend.cpp", "csrc/cuda.cpp"),
     *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/attend.cpp", "csrc/cpu/barrier.cpp"),
     *("csrc/cpu/scan_portable.cpp", "csrc/cpu/attend_portable.cpp"),
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES += [f"csrc/cpu/{name}" for name in ISA_FLAGS]
 
+# Each compiles alone. GPUs between two of these run the lower one's code, later ones the PTX of the last.
+CUDA_SOURCES = sorted(glob.glob("csrc/cuda/*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc"]
+HOST_FLAGS = "-Xcompiler=-fPIC,-fvisibility=hidden"
 
-# What every object depends on beside its source: the flags are in this file.
+# What objects depend on beside their source: the flags are in this file.
 HEADERS = ["setup.py", *glob.glob("csrc/**/*.h", recursive=True)]
+CUDA_HEADERS = [path for path in HEADERS if not path.startswith("csrc/cpu/")]
+CPU_HEADERS = [path for path in HEADERS if not path.startswith("csrc/cuda/")]
 
 
 def say(message: str) -> None:
     print(f"fusedrnn: {message}", file=sys.stderr, flush=True)
 
 
-def find_nvcc() -> str | None:
+class Nvcc(NamedTuple):
+    """A compiler of CUDA sources, and those of ARCHITECTURES that it knows."""
+
+    path: str
+    version: str
+    architectures: tuple[str, ...]
+    libraries: str  # the folder of libcudart_static.a
+
+    def command(self, source: str, to: str, threads: int = 1) -> list[str]:
+        last = self.architectures[-1].rstrip("a")  # PTX for one architecture alone would serve no later one
+        targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.architectures]
+        targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+        return [
+            *(self.path, *NVCC_FLAGS, *targets, HOST_FLAGS),
+            *(f"--threads={threads}", "-c", source, "-o", to),
+        ]
+
+
+def run(*command: str) -> str:
+    """What a command prints."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def find_nvcc() -> Nvcc | str:
+    """The compiler of CUDA sources, or why there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    path = os.path.join(home, "bin", "nvcc")
-    return path if os.path.exists(path) else shutil.which("nvcc")
+    path: str | None = os.path.join(home, "bin", "nvcc")
+    if not os.path.exists(path):
+        path = shutil.which("nvcc")
+    if path is None:
+        return "no nvcc in CUDA_HOME, /usr/local/cuda or PATH"
+    listed = run(path, "--list-gpu-arch").split()
+    known = tuple(arch for arch in ARCHITECTURES if f"compute_{arch.rstrip('a')}" in listed)
+    if not known:
+        return f"{path} compiles for none of {', '.join(ARCHITECTURES)}"
+    with tempfile.TemporaryDirectory() as folder:
+        probe, to = os.path.join(folder, "probe.cu"), os.path.join(folder, "probe.o")
+        Path(probe).write_text("__global__ void probe() {}\nvoid launch() { probe<<<1, 1>>>(); }\n")
+        lines = run(path, "--dryrun", probe).splitlines()  # where it looks, whatever its layout
+        folders = [line.partition("=")[2] for line in lines if line.startswith("#$ LIBRARIES=")]
+        libraries = [word.removeprefix("-L") for line in folders for word in shlex.split(line)]
+        libraries = [each for each in libraries if os.path.exists(os.path.join(each, "libcudart_static.a"))]
+        if not libraries:
+            return f"{path} has no libcudart_static.a"
+        found = Nvcc(path, run(path, "--version"), known, libraries[0])
+        message = run(*found.command(probe, to))
+        if not os.path.exists(to):  # such as a g++ that is too new for it
+            return f"{path} does not compile: {' '.join(message.split())[:200]}"
+    return found
 
 
-def check_cuda() -> None:
+def cuda() -> Nvcc | str:
+    """What compiles the CUDA sources of this build, or why nothing does."""
     wanted = os.environ.get("FUSEDRNN_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"FUSEDRNN_CUDA: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
-        say("built without CUDA kernels (FUSEDRNN_CUDA=0)")
-    elif find_nvcc() is None:
-        if wanted == "1":
-            sys.exit("FUSEDRNN_CUDA=1, but no nvcc in CUDA_HOME, /usr/local/cuda or PATH")
-        say("built without CUDA kernels (no nvcc)")
-    else:
-        say("built without CUDA kernels (none in this version)")
+        return "FUSEDRNN_CUDA=0"
+    found = find_nvcc()
+    if wanted == "1" and isinstance(found, str):
+        sys.exit(f"FUSEDRNN_CUDA=1, but {found}")
+    return found
 
 
 class Build(build_ext):
@@ -90,9 +145,12 @@ class Build(build_ext):
             say("no working C++17 compiler with OpenMP: installed without _C, so without fused kernels")
             self.extensions = []
             return
-        check_cuda()
+        nvcc = cuda()
+        described = self.add_cuda(nvcc)
         compiler = self.compiler
+        compiler.src_extensions = [*compiler.src_extensions, ".cu"]
         compile_one = compiler._compile
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
         def compile_all(
             sources,
@@ -111,17 +169,47 @@ class Build(build_ext):
 
             def one(obj: str) -> None:
                 src, ext = build[obj]
+                if src.endswith(".cu"):
+                    compiler.spawn(nvcc.command(src, obj, jobs))
+                    return
                 flags = ISA_FLAGS.get(os.path.basename(src), [])
                 compile_one(obj, src, ext, args, [*extra, *flags], pp)
 
-            # setuptools would compile all of them again
-            outdated = [obj for obj in objects if self.force or newer_group([build[obj][0], *HEADERS], obj)]
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            def is_outdated(obj: str) -> bool:
+                src = build[obj][0]
+                of_cuda = src.startswith("csrc/cuda")
+                return newer_group([src, *([*CUDA_HEADERS, described] if of_cuda else CPU_HEADERS)], obj)
+
+            # setuptools would compile all of them again; nvcc takes longest, so it begins
+            outdated = [obj for obj in objects if self.force or is_outdated(obj)]
+            outdated.sort(key=lambda obj: not build[obj][0].endswith(".cu"))
+            with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(one, outdated))
             return objects
 
         compiler.compile = compile_all
         super().build_extensions()
+
+    def add_cuda(self, nvcc: Nvcc | str) -> str:
+        """Completes the extension; a file that is new whenever CUDA is built in another way."""
+        (extension,) = self.extensions
+        if isinstance(nvcc, str):
+            say(f"built without CUDA kernels ({nvcc})")
+            extension.define_macros.append(("FUSEDRNN_NO_CUDA", json.dumps(nvcc)))
+        else:
+            held = " ".join(nvcc.architectures)
+            say(f"CUDA kernels for {held}, by {nvcc.path}")
+            extension.sources += CUDA_SOURCES
+            extension.define_macros.append(("FUSEDRNN_CUDA_ARCHITECTURES", f'"{held}"'))
+            extension.library_dirs.append(nvcc.libraries)
+            extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        described = Path(self.build_temp, "cuda.txt")
+        text = "\n".join(map(str, nvcc)) if isinstance(nvcc, Nvcc) else nvcc
+        if not described.exists() or described.read_text() != text:
+            described.parent.mkdir(parents=True, exist_ok=True)
+            described.write_text(text)
+        extension.depends.append(str(described))
+        return str(described)
 
     def compiles(self) -> bool:
         """Whether the compiler makes a shared library of a small C++17 file with OpenMP."""
@@ -140,17 +228,18 @@ class Build(build_ext):
                 return False
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "fusedrnn._C",
-            SOURCES,
-            include_dirs=["csrc", pybind11.get_include()],
-            depends=HEADERS,
-            extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
-            language="c++",
-        )
-    ],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "fusedrnn._C",
+                SOURCES,
+                include_dirs=["csrc", pybind11.get_include()],
+                depends=[*HEADERS, *CUDA_SOURCES],
+                extra_compile_args=FLAGS,
+                extra_link_args=["-fopenmp", "-Wl,--exclude-libs,ALL"],
+                language="c++",
+            )
+        ],
+        cmdclass={"build_ext": Build},
+    )

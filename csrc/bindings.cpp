@@ -12,6 +12,7 @@ using namespace fusedrnn;
 
 void bind_stepper(py::module_& m);
 void bind_attend(py::module_& m);
+void bind_cuda(py::module_& m);
 
 namespace {
 
@@ -127,7 +128,7 @@ T* at(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of fusedrnn over raw pointers.";
+  m.doc() = "Kernels of fusedrnn over raw pointers.";
   m.def("forward", &forward, "forward(cell, storage, threads, *directions)");
   m.def("backward", &backward, "backward(cell, storage, threads, *directions)");
   m.def(
@@ -183,4 +184,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features);
   bind_stepper(m);
   bind_attend(m);
+  bind_cuda(m);
 }

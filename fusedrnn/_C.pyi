@@ -36,3 +36,21 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_levels() -> list[str]: ...
 def cpu_features() -> list[str]: ...
+
+class cuda:
+    architectures: list[str]
+    missing: str | None
+    @staticmethod
+    def sync_capacity(mechanism: int, threads: int, cluster: int, bytes: int) -> int: ...
+    @staticmethod
+    def sync_rounds(
+        mechanism: int,
+        blocks: int,
+        threads: int,
+        cluster: int,
+        bytes: int,
+        rounds: int,
+        scratch: int,
+        result: int,
+        stream: int,
+    ) -> None: ...

@@ -100,6 +100,14 @@ def _machine() -> list[tuple[str, str]]:
     ]
 
 
+def cuda_architectures() -> str:
+    """The GPU architectures whose code the compiled module holds; the reason where it holds none."""
+    cuda = kernels().cuda
+    if cuda.missing is not None:
+        return f"missing ({cuda.missing})"
+    return " ".join(f"sm_{name}" for name in cuda.architectures)
+
+
 def _native() -> list[tuple[str, str]]:
     reason = native.unavailable()
     if reason is not None:
@@ -109,6 +117,7 @@ def _native() -> list[tuple[str, str]]:
         ("instruction set", instruction_set()),
         ("instruction sets of this cpu", " ".join(instruction_sets())),
         ("cpu features", " ".join(native.cpu_features())),
+        ("CUDA architectures", cuda_architectures()),
     ]
 
 

@@ -23,12 +23,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def setup_globals(monkeypatch):
-    """What setup.py defines, without its setup() doing anything."""
-    setuptools = pytest.importorskip("setuptools")
+    """What setup.py defines."""
+    pytest.importorskip("setuptools")
     pytest.importorskip("pybind11")
-    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
     monkeypatch.chdir(ROOT)
-    return runpy.run_path(str(SETUP), run_name="setup")
+    return runpy.run_path(str(SETUP))
 
 
 @pytest.mark.slow
@@ -50,12 +49,11 @@ def test_isa_files_have_no_weak_symbols(name, tmp_path, monkeypatch):
     assert {symbol[: len("fusedrnn::kAvx")] for symbol in defined} == {"fusedrnn::kAvx"}, "tables only"
 
 
-def test_the_extension_needs_no_torch_library():
+def test_the_extension_needs_no_library_of_torch_or_cuda():
     if native.unavailable():
         pytest.skip(native.unavailable())
     needed = subprocess.run(["ldd", native._C.__file__], capture_output=True, text=True).stdout
-    assert "torch" not in needed
-    assert "c10" not in needed
+    assert not any(name in needed for name in ("torch", "c10", "libcuda")), needed
 
 
 def run_setup(tmp_path, *args, **env):
@@ -82,6 +80,85 @@ def test_the_build_variable_is_checked(tmp_path):
     done = run_setup(tmp_path, "build_ext", FUSEDRNN_CUDA="yes")
     assert done.returncode != 0
     assert "FUSEDRNN_CUDA: expected auto, 0 or 1, got 'yes'" in done.stderr
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+# Writes what it is told to, or complains as nvcc does of a g++ that is too new.
+NVCC = """#!/bin/sh
+case "$1" in
+--list-gpu-arch) printf '%s' "compute_75 compute_80 compute_90" ;;
+--dryrun) echo '#$ LIBRARIES=  "-L/nowhere" "-L{folder}"' ;;
+--version) echo "release 12.4" ;;
+*) test -n "$REFUSES" && {{ echo "error: unsupported GNU version!"; exit 1; }}
+   while [ $# -gt 0 ]; do test "$1" = -o && touch "$2"; shift; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """The folder of an nvcc that knows no architecture after 90."""
+    path = tmp_path / "bin" / "nvcc"
+    path.parent.mkdir()
+    path.write_text(NVCC.format(folder=tmp_path))
+    path.chmod(0o755)
+    (tmp_path / "libcudart_static.a").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("FUSEDRNN_CUDA", raising=False)
+    return tmp_path
+
+
+def test_nvcc_compiles_for_what_it_knows(nvcc, monkeypatch):
+    found = setup_globals(monkeypatch)["cuda"]()
+    assert found.architectures == ("80", "90a")
+    assert found.libraries == str(nvcc)
+    command = found.command("x.cu", "x.o", threads=3)
+    assert [word for word in command if "gencode" in word] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert "--threads=3" in command
+
+
+def test_without_cuda_the_reason_is_said(nvcc, monkeypatch):
+    cuda = setup_globals(monkeypatch)["cuda"]
+    monkeypatch.setenv("REFUSES", "1")
+    refused = f"{nvcc}/bin/nvcc does not compile: error: unsupported GNU version!"
+    assert cuda() == refused
+    monkeypatch.setenv("FUSEDRNN_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"FUSEDRNN_CUDA=1, but .* unsupported GNU version"):
+        cuda()
+    monkeypatch.setenv("FUSEDRNN_CUDA", "0")
+    assert cuda() == "FUSEDRNN_CUDA=0"
+    monkeypatch.setenv("FUSEDRNN_CUDA", "auto")
+    (nvcc / "libcudart_static.a").unlink()
+    assert cuda() == f"{nvcc}/bin/nvcc has no libcudart_static.a"
+    (nvcc / "bin" / "nvcc").unlink()
+    monkeypatch.setenv("PATH", str(nvcc))
+    assert cuda() == "no nvcc in CUDA_HOME, /usr/local/cuda or PATH"
+
+
+@pytest.mark.slow
+def test_cuda_objects_load_without_a_driver(tmp_path, monkeypatch):
+    found = setup_globals(monkeypatch)
+    nvcc = found["find_nvcc"]()
+    if isinstance(nvcc, str):
+        pytest.skip(nvcc)
+    obj, library = tmp_path / "sync.o", tmp_path / "sync.so"
+    subprocess.run(nvcc.command("csrc/cuda/sync_latency.cu", str(obj), threads=2), check=True)
+    static = (f"-L{nvcc.libraries}", "-lcudart_static", "-lrt", "-ldl", "-lpthread")
+    subprocess.run(["g++", "-shared", obj, "-o", library, *static], check=True)
+    subprocess.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"], check=True)
+
+
+def test_the_extension_says_which_cuda_it_holds():
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    held, missing = native._C.cuda.architectures, native._C.cuda.missing
+    assert (held == []) == (missing is not None)
+    assert hasattr(native._C.cuda, "sync_rounds") == (missing is None)
 
 
 @pytest.mark.parametrize(

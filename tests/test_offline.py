@@ -166,7 +166,7 @@ def test_the_table_is_compared(written, table, tmp_path):
     registers = rows["good product sm_90"]["registers"]
     assert status == 1
     assert problems == [
-        "good gone sm_90: in the table, but the backend picks it no more",
+        "good gone sm_90: in the table, but no kernel any more",
         "good map sm_90: not in the table",
         f"good product sm_90: {registers - 9} registers, the table has {registers}",
     ]

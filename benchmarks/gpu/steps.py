@@ -40,6 +40,7 @@ _SECONDS: dict[str, tuple[float, float | None]] = {
     "streams": (10, 8),
     "determinism": (15, 8),
     "long": (30, None),
+    "latency": (10, None),
     BENCHMARK: (0, 0),
 }
 _MARGIN = 0.15  # of the benchmark's time, for the case that it is at and for its report
@@ -56,6 +57,7 @@ def steps(device: str, quick: bool, tests: Path = ROOT / "tests") -> list[Step]:
         "memcheck": _sanitizer(device, "memcheck"),
         "racecheck": _sanitizer(device, "racecheck"),
         **{name: _check(device, name, *(("--tiny",) if dry else ())) for name in CHECKS},
+        "latency": _latency(device),
         BENCHMARK: _benchmark(device),
     }
     found = []
@@ -109,6 +111,13 @@ def _check(device: str, name: str, *size: str) -> Command:
         return sys.executable, "-m", "benchmarks.gpu.checks", *arguments
 
     return command
+
+
+def _latency(device: str) -> Command:
+    if device == "cpu":
+        return _skip("what blocks of a GPU wait for is timed on one")
+    command = (sys.executable, "-m", "benchmarks.sync_latency", "--json")
+    return lambda seconds, result: (*command, str(result))
 
 
 def _benchmark(device: str) -> Command:

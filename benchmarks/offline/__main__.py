@@ -25,11 +25,6 @@ ARCHITECTURES = (80, 90, 100)
 _HERE = Path(__file__).parent
 
 
-def _selected(row: str, pattern: str, architectures: tuple[int, ...]) -> bool:
-    name, _, arch = row.rpartition(" sm_")
-    return bool(re.search(pattern, name)) and int(arch) in architectures
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.offline", description=__doc__)
     add = parser.add_argument
@@ -75,12 +70,13 @@ def main(argv: list[str] | None = None) -> int:
                 problems.append(f"{row}: does not compile: {result}")
             else:
                 done[row] = result
-                problems += [f"{row}: {text}" for text in gates.broken(arch, result, instances[name].matrix)]
+                found = gates.broken(arch, result.row, result.unguarded, instances[name].matrix)
+                problems += [f"{row}: {text}" for text in found]
 
     rows = {row: compiled.row for row, compiled in done.items()}
     table = gates.read(path)
     failed = {gates.key(*task) for task in tasks} - set(rows)
-    here = {row for row in table if row not in failed and _selected(row, options.only, architectures)}
+    here = {row for row in table if row not in failed and gates.selected(row, options.only, architectures)}
     if options.write:
         gates.write(path, {row: table[row] for row in table if row not in here} | rows)
     else:

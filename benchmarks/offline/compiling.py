@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import re
-import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,12 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import sass
 from .ptx import unguarded_releases
+from .sass import Row
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", re.M)
-_MATRIX = re.compile(r"[A-Z]+MMA")  # HMMA, HGMMA, UTCHMMA, and those of other types
-_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Instance(Protocol):
@@ -58,29 +54,6 @@ class Instance(Protocol):
     def cooperative(self) -> bool: ...
     @property
     def matrix(self) -> bool: ...
-
-
-class Row(NamedTuple):
-    """What the table keeps of a compiled kernel.
-
-    Attributes:
-        registers: of a thread.
-        stack: bytes of a thread's local memory.
-        spill: bytes that a thread's LDL and STL instructions move, each counted once.
-        shared: bytes of shared memory of a program.
-        matrix: how many of each matrix instruction.
-        LDL, STL, MUFU, FFMA: how many instructions.
-    """
-
-    registers: int
-    stack: int
-    spill: int
-    shared: int
-    matrix: dict[str, int]
-    LDL: int
-    STL: int
-    MUFU: int
-    FFMA: int
 
 
 class Compiled(NamedTuple):
@@ -149,41 +122,13 @@ def compile_for(instance: Instance, arch: int) -> Compiled:
             "enable_fp_fusion": True,  # its default differs between versions
         },
     )
-    row = _read(compiled.asm["cubin"], compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (row,) = sass.read(file.name, TOOLS).values()
+    row = row._replace(shared=compiled.metadata.shared)  # it is given at the launch
     unguarded = unguarded_releases(compiled.asm["ptx"])
     return Compiled(row, unguarded, sum(os.times()[:4]) - sum(began[:4]))
-
-
-def _read(cubin: bytes, shared: int) -> Row:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        instructions = _INSTRUCTION.findall(_tool("nvdisasm", "-c", file.name))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None or not instructions:
-        raise RuntimeError(f"no register count or no instruction in the tools' output: {usage[-200:]}")
-    count = Counter(opcode for opcode, _ in instructions)
-    return Row(
-        registers=int(found[1]),
-        stack=int(found[2]),
-        spill=sum(_width(suffixes) for opcode, suffixes in instructions if opcode in ("LDL", "STL")),
-        shared=shared,
-        matrix={opcode: n for opcode, n in sorted(count.items()) if _MATRIX.fullmatch(opcode)},
-        LDL=count["LDL"],
-        STL=count["STL"],
-        MUFU=count["MUFU"],
-        FFMA=count["FFMA"] + count["FFMA2"],
-    )
-
-
-def _width(suffixes: str) -> int:
-    return next((_BYTES[suffix] for suffix in suffixes.split(".") if suffix in _BYTES), 4)
-
-
-def _tool(name: str, *args: str) -> str:
-    done = subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
 
 
 # ---- in a process of the pool, which Python does not let live in __main__.py --------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from .compiling import Compiled, Row
+from .sass import Row
 
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, compute capabilities).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -17,9 +18,19 @@ def key(name: str, arch: int) -> str:
     return f"{name} sm_{arch}"
 
 
-def broken(arch: int, compiled: Compiled, matrix: bool) -> list[str]:
-    """What is wrong with a kernel by itself; matrix: whether it must have matrix instructions."""
-    row = compiled.row
+def selected(row: str, pattern: str, architectures: Collection[int]) -> bool:
+    """Whether a row is one of those that were asked for."""
+    name, _, arch = row.rpartition(" sm_")
+    return bool(re.search(pattern, name)) and int(arch) in architectures
+
+
+def broken(arch: int, row: Row, unguarded: Sequence[str], matrix: bool) -> list[str]:
+    """What is wrong with a kernel by itself.
+
+    Args:
+        unguarded: the releases in its PTX that nothing orders.
+        matrix: whether it must have matrix instructions.
+    """
     found = []
     if row.spill:
         found.append(f"spills: {row.LDL} LDL and {row.STL} STL move {row.spill} bytes a thread")
@@ -29,14 +40,14 @@ def broken(arch: int, compiled: Compiled, matrix: bool) -> list[str]:
         found.append(f"needs {row.shared} bytes of shared memory, sm_{arch} has {SHARED[arch]}")
     if matrix and not row.matrix:
         found.append(f"has no matrix instruction, its products are {row.FFMA} FFMA")
-    found += [f"releases without a barrier before it: {release}" for release in compiled.unguarded]
+    found += [f"releases without a barrier before it: {release}" for release in unguarded]
     return found
 
 
 def moved(rows: Mapping[str, Row], table: Mapping[str, Row]) -> list[str]:
     """How the rows differ from those of the table more than they may."""
     found = [f"{name}: not in the table" for name in rows if name not in table]
-    found += [f"{name}: in the table, but the backend picks it no more" for name in table if name not in rows]
+    found += [f"{name}: in the table, but no kernel any more" for name in table if name not in rows]
     for name, row in rows.items():
         if name in table and abs(row.registers - table[name].registers) > REGISTERS:
             found.append(f"{name}: {row.registers} registers, the table has {table[name].registers}")

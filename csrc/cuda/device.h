@@ -1,0 +1,184 @@
+// The seam between the kernels and the machine: everything that a kernel asks of a GPU beyond C++.
+//
+// nvcc sees the instructions; with FUSEDRNN_FIBERS g++ sees their emulation (fibers.h), so that the same
+// sources run and race on a CPU. Kernels use nothing of CUDA but what is declared here, threadIdx, blockIdx,
+// gridDim and __syncthreads.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fusedrnn::cuda {
+
+// What a test can leave out, to see that it is missed.
+enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier };
+
+}  // namespace fusedrnn::cuda
+
+#if defined(FUSEDRNN_FIBERS)
+#include "fibers.h"
+#else
+
+#include <cuda_runtime.h>
+
+// What host code compiles as if it were for a GPU that has everything.
+#if defined(__CUDA_ARCH__)
+#define FUSEDRNN_ARCH __CUDA_ARCH__
+#else
+#define FUSEDRNN_ARCH 1000
+#endif
+
+namespace fusedrnn::cuda {
+
+__device__ constexpr bool planted(Race) { return false; }
+
+// Storage: bits alone, so that no header of CUDA's types is needed.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Half x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+template <class S>
+__device__ __forceinline__ S from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ Bf16 from_float<Bf16>(float x) {
+  Bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+template <>
+__device__ __forceinline__ Half from_float<Half>(float x) {
+  Half y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+__device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(~0u, value, lane); }
+
+// Past L1, which does not see what other SMs store.
+template <class S>
+__device__ __forceinline__ S load_fresh(const S* from) {
+  if constexpr (sizeof(S) == 2) {
+    return {__ldcg(reinterpret_cast<const unsigned short*>(from))};
+  } else {
+    return __ldcg(from);
+  }
+}
+
+// 16 bytes from global to shared memory past L1, zeros without a source. They are there after copies_wait()
+// for the thread that asked for them.
+__device__ __forceinline__ void copy_async(void* shared, const void* global /*or null*/) {
+  const int bytes = global == nullptr ? 0 : 16;
+  const void* from = global == nullptr ? shared : global;  // not read
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A counter in global memory that only grows. Whoever waits until it is at least `target` sees what those
+// who arrived had seen; differences are taken, so it may wrap.
+__device__ __forceinline__ void arrive(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (static_cast<int32_t>(now - target) < 0);
+}
+
+// c += a @ b in fragments of PTX: 16 rows, 8 columns, k = 32 bytes of a row.
+template <class S>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+#define FUSEDRNN_MMA(S, shape)                                                                                   \
+  template <>                                                                                                    \
+  __device__ __forceinline__ void mma<S>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {        \
+    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
+  }
+FUSEDRNN_MMA(Bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+FUSEDRNN_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")
+FUSEDRNN_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef FUSEDRNN_MMA
+
+__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(__uint_as_float(bits)));
+  return y;
+}
+
+// ---- host ----------------------------------------------------------------------------------------------------
+
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that a block can have
+  int capability;    // 90 is sm_90
+};
+
+inline int device(Device& found) {
+  int id, major, minor;
+  if (int error = cudaGetDevice(&id)) return error;
+  if (int error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, id)) return error;
+  if (int error = cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) {
+    return error;
+  }
+  if (int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
+  if (int error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
+  found.capability = 10 * major + minor;
+  return 0;
+}
+
+// Blocks that run at once on the whole device.
+template <class... Args>
+int resident_blocks(void (*kernel)(Args...), int threads, int shared, const Device& on, int64_t& blocks) {
+  int each = 0;
+  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return error;
+  if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared)) return error;
+  blocks = static_cast<int64_t>(each) * on.multiprocessors;
+  return 0;
+}
+
+// With `together` all blocks run at once or none does.
+template <class... Args>
+int launch(void (*kernel)(Args...), dim3 grid, int threads, int shared, bool together, intptr_t stream, Args... args) {
+  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = together ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace fusedrnn::cuda
+
+#endif

@@ -30,8 +30,8 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", 
 SCANS = ("scan", "scan_rnn_tanh", "scan_rnn_relu", "scan_lstm", "scan_gru")
 
 ORDERS = ("forward", "reversed", "random", "eager", "lagging")
-RACES = ("none", "wait", "barrier before arrival", "barrier in a block")
-SCHEDULES = ("cta", "grid")
+RACES = ("none", "wait", "barrier before arrival", "barrier in a block", "second buffer")
+SCHEDULES = ("cta", "grid", "cluster")
 NAMES = {cell: i for i, cell in enumerate(("rnn_tanh", "rnn_relu", "lstm", "gru"))}
 STORAGES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID, TOO_LARGE, DEADLOCK = -1, -2, -3

@@ -69,7 +69,7 @@ def test_parity(cell, schedule, dtype):
     for hidden, batch, time, lengths in SIZES:
         module = make(cell, 5, hidden, DTYPES[dtype], bidirectional=hidden % 2 == 1, bias=hidden != 40)
         inputs = draw_inputs(module, time=time, batch=batch, lengths=lengths)
-        with on_fibers(schedule) as ran:
+        with on_fibers(schedule, shared=256 << 10) as ran:
             assert_parity(module, inputs=inputs)
         assert ran == ["forward", "backward"]
 
@@ -79,7 +79,7 @@ def test_parity(cell, schedule, dtype):
 def test_few_multiprocessors(cell, schedule):
     """Tiles of more rows and of more units: several of either in a block."""
     module = make(cell, 3, 40, torch.bfloat16, bidirectional=True)
-    for batch, multiprocessors in ((17, 6), (9, 4), (8, 2)):
+    for batch, multiprocessors in ((17, 8), (9, 4), (3, 4)):
         inputs = draw_inputs(module, lengths=[1 + b % 3 for b in range(batch)])
         with on_fibers(schedule, multiprocessors=multiprocessors):
             assert_parity(module, inputs=inputs)
@@ -87,9 +87,9 @@ def test_few_multiprocessors(cell, schedule):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_in_shared_memory(cell):
-    """More than the registers hold: a chunk of fp32 is 16 units."""
-    module = make(cell, 3, 128)
-    with on_fibers("cta"):
+    """More than the registers hold: of an LSTM in fp32 16 units."""
+    module = make(cell, 3, 100)
+    with on_fibers("cta", shared=256 << 10):
         assert_parity(module, inputs=draw_inputs(module, time=2, batch=1))
 
 
@@ -178,16 +178,19 @@ def test_tf32(monkeypatch):
 # ---- what goes wrong ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("race", RACES[1:])
-def test_a_race_is_caught(race):
+@pytest.mark.parametrize(
+    ("schedule", "race"),
+    [("grid", race) for race in RACES[1:4]] + [("cluster", race) for race in (RACES[1], *RACES[3:])],
+)
+def test_a_race_is_caught(schedule, race):
     module = make("gru", 5, 40, torch.bfloat16)
     inputs = draw_inputs(module, time=5, batch=2)
     caught = []
     for order in ORDERS:
         try:
-            with on_fibers("grid", order=order, seed=1, race=race):
+            with on_fibers(schedule, order=order, seed=1, race=race):
                 assert_parity(module, inputs=inputs)
-        except AssertionError as error:
+        except (AssertionError, ScanError) as error:
             caught.append(error)
     assert caught
 
@@ -196,7 +199,8 @@ def test_what_does_not_fit_is_refused():
     for schedule, hidden, limits in (
         ("grid", 100, {"multiprocessors": 0}),  # not all blocks at once
         ("cta", 129, {}),  # more units than a block has threads for
-        ("cta", 128, {"shared": 100 << 10}),  # weights
+        ("cta", 128, {"shared": 32 << 10}),  # weights
+        ("cluster", 1025, {}),  # more blocks than a cluster may have
         ("grid", 512, {"shared": 48 << 10, "multiprocessors": 8}),
     ):
         module = make("lstm", 3, hidden)

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
   using S = typename P::Storage;
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
   constexpr bool kSplit = Cell::kSplitGate >= 0;
+  if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
   const int64_t H = a.hidden, direction = blockIdx.z;
   const int first_row = blockIdx.y * tile.rows();
 
@@ -31,11 +32,12 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
   S* d_h_gates = static_cast<S*>(a.d_h_gates) + direction * a.rows * G * H;
 
   unsigned char* shared = dynamic_shared();
-  float* sums = reinterpret_cast<float*>(shared + tile.vector_bytes());
+  float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
-  const Weights<P, 1> weights(tile, static_cast<const uint4*>(a.weight) + direction * H * G * pieces, H, pieces,
-                              reinterpret_cast<uint4*>(shared + tile.vector_bytes() + tile.sums_bytes(1)));
+  const Weights<P, 1, Exchange<S>::kRegisters> weights(tile, static_cast<const uint4*>(a.weight) + direction * H * G * pieces, H, pieces,
+                              reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(1)));
   Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
+  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 0);
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
 
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
       if (b >= later.size || (a.resets != nullptr && a.resets[later.first + b] != 0)) return nullptr;
       return d_h_gates + (later.first + b) * G * H;
     });
-    multiply_rows<P, 1>(tile, weights, exchange.vectors(), sums);
+    multiply_rows(tile, weights, exchange.vectors(i), sums);
     if (!planted(Race::kNoBlockBarrier)) __syncthreads();
 #pragma unroll
     for (int e = 0; e < kMost; ++e) {
@@ -103,7 +105,6 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
     float d_x[kMost][G];
 #pragma unroll
     for (int e = 0; e < kMost; ++e) {
-      if (!own.has(e)) continue;
       const bool runs = own.runs(e, now), keep = runs && !(reset >> e & 1);
       float d_h[G] = {};
       if (runs) {
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
         for (int s = 0; s < kStates; ++s) d_states[e][s] = keep ? d_old[s] : 0.0f;
       }
 #pragma unroll
-      for (int g = 0; g < G; ++g) exchange.publish(own.row(e), g, own.unit, from_float<S>(keep ? d_h[g] : 0.0f));
+      for (int g = 0; g < G; ++g) exchange.publish(i, own.row(e), g, own.unit, from_float<S>(keep ? d_h[g] : 0.0f));
     }
-    exchange.sent(i);
+    exchange.sent();
 
     if constexpr (kSplit) {
 #pragma unroll

@@ -11,7 +11,11 @@
 namespace fusedrnn::cuda {
 
 // What a test can leave out, to see that it is missed.
-enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier };
+enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier, kOneBuffer };
+
+// Which blocks of a launch have to run at once: none, all of it, or those of a row of the grid.
+enum class Together { kNone, kGrid, kCluster };
+
 
 }  // namespace fusedrnn::cuda
 
@@ -86,13 +90,17 @@ __device__ __forceinline__ S load_fresh(const S* from) {
   }
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes from global to shared memory past L1, zeros without a source. They are there after copies_wait()
 // for the thread that asked for them.
 __device__ __forceinline__ void copy_async(void* shared, const void* global /*or null*/) {
   const int bytes = global == nullptr ? 0 : 16;
   const void* from = global == nullptr ? shared : global;  // not read
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                   shared_address(shared)),
                "l"(from), "r"(bytes)
                : "memory");
 }
@@ -108,6 +116,59 @@ __device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
   } while (static_cast<int32_t>(now - target) < 0);
+}
+
+// ---- clusters, from sm_90 on: the blocks of a row of the grid, which see each other's shared memory.
+
+__device__ __forceinline__ void cluster_sync() {
+#if FUSEDRNN_ARCH >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Counts the bytes that others push; a phase is over when all that one thread has announced for it are there,
+// in any order of the two.
+using Arrivals = uint64_t;
+
+// To be followed by cluster_sync().
+__device__ __forceinline__ void arrivals_init(Arrivals* arrivals) {
+#if FUSEDRNN_ARCH >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(arrivals))
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void arrivals_expect(Arrivals* arrivals, int bytes) {
+#if FUSEDRNN_ARCH >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
+#endif
+}
+// Until the phase whose number has this parity is over.
+__device__ __forceinline__ void arrivals_wait(Arrivals* arrivals, int parity) {
+#if FUSEDRNN_ARCH >= 900
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(over)
+        : "r"(shared_address(arrivals)), "r"(parity)
+        : "memory");
+  } while (over == 0);
+#endif
+}
+// 16 bytes to where `shared` is in block `peer` of the cluster, and to its `arrivals`.
+__device__ __forceinline__ void push(int peer, void* shared, uint4 value, Arrivals* arrivals) {
+#if FUSEDRNN_ARCH >= 900
+  uint32_t to, count;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(shared)), "r"(peer));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count) : "r"(shared_address(arrivals)), "r"(peer));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(count)
+               : "memory");
+#endif
 }
 
 // c += a @ b in fragments of PTX: 16 rows, 8 columns, k = 32 bytes of a row.
@@ -152,31 +213,64 @@ inline int device(Device& found) {
   return 0;
 }
 
-// Blocks that run at once on the whole device.
+struct Config {
+  dim3 grid;
+  int threads, shared;
+  Together together;
+  intptr_t stream;
+};
+
+struct Attributes {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+};
+
+// As CUDA has it; the result points into `made`. Of a cluster with more than 8 blocks the kernel must say that
+// it may not run elsewhere.
 template <class... Args>
-int resident_blocks(void (*kernel)(Args...), int threads, int shared, const Device& on, int64_t& blocks) {
-  int each = 0;
-  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return error;
-  if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared)) return error;
-  blocks = static_cast<int64_t>(each) * on.multiprocessors;
+int prepare(void (*kernel)(Args...), const Config& c, Attributes& made) {
+  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.shared)) return error;
+  made.config.gridDim = c.grid;
+  made.config.blockDim = dim3(c.threads);
+  made.config.dynamicSmemBytes = c.shared;
+  made.config.stream = reinterpret_cast<cudaStream_t>(c.stream);
+  made.config.attrs = &made.attribute;
+  made.config.numAttrs = c.together == Together::kNone ? 0 : 1;
+  if (c.together == Together::kGrid) {
+    made.attribute.id = cudaLaunchAttributeCooperative;
+    made.attribute.val.cooperative = 1;
+  } else if (c.together == Together::kCluster) {
+    if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
+    made.attribute.id = cudaLaunchAttributeClusterDimension;
+    made.attribute.val.clusterDim.x = c.grid.x;
+    made.attribute.val.clusterDim.y = made.attribute.val.clusterDim.z = 1;
+  }
   return 0;
 }
 
-// With `together` all blocks run at once or none does.
+// Whether what has to run at once can.
 template <class... Args>
-int launch(void (*kernel)(Args...), dim3 grid, int threads, int shared, bool together, intptr_t stream, Args... args) {
-  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = reinterpret_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = together ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+int fits(void (*kernel)(Args...), const Config& c, const Device& on, bool& fit) {
+  Attributes made;
+  if (int error = prepare(kernel, c, made)) return error;
+  int each = 1;
+  if (c.together == Together::kGrid) {
+    if (int error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, c.threads, c.shared)) return error;
+    fit = int64_t{c.grid.x} * c.grid.y * c.grid.z <= int64_t{each} * on.multiprocessors;
+  } else {
+    if (c.together == Together::kCluster) {
+      if (int error = cudaOccupancyMaxActiveClusters(&each, kernel, &made.config)) return error;
+    }
+    fit = each > 0;
+  }
+  return 0;
+}
+
+template <class... Args>
+int launch(void (*kernel)(Args...), const Config& c, Args... args) {
+  Attributes made;
+  if (int error = prepare(kernel, c, made)) return error;
+  return cudaLaunchKernelEx(&made.config, kernel, args...);
 }
 
 }  // namespace fusedrnn::cuda

@@ -64,8 +64,8 @@ struct alignas(128) Line {
 struct Block {
   std::vector<Line> shared;
   std::vector<Warp> warps;
-  int threads, arrived = 0;
-  uint32_t passed = 0;
+  int threads, arrived = 0, cluster_arrived = 0;
+  uint32_t passed = 0, cluster_passed = 0;
 };
 
 struct Copy {
@@ -320,6 +320,50 @@ inline void wait(const uint32_t* counter, uint32_t target) {
   wait_for(counter, target);
 }
 
+// Of a cluster: the blocks of a row of the grid.
+inline Block& peer_block(int peer) {
+  return *(launched->current->of - static_cast<int>(blockIdx.x) + peer);
+}
+
+inline void cluster_sync() {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Block& first = peer_block(0);
+    const uint32_t target = first.cluster_passed + 1;
+    if (++first.cluster_arrived == static_cast<int>(gridDim.x)) {
+      first.cluster_arrived = 0;
+      count(&first.cluster_passed);
+    }
+    wait_for(&first.cluster_passed, target);
+  }
+  __syncthreads();
+}
+
+struct Arrivals {
+  uint32_t over;    // phases
+  int32_t pending;  // twice the bytes that are announced and missing, plus 1 if they are announced
+};
+static_assert(sizeof(Arrivals) == 8);
+
+inline void arrivals_change(Arrivals* arrivals, int32_t pending) {
+  arrivals->pending += pending;
+  if (arrivals->pending != 1) return;
+  arrivals->pending = 0;
+  count(&arrivals->over);
+}
+inline void arrivals_init(Arrivals* arrivals) { *arrivals = {0, 0}; }
+inline void arrivals_expect(Arrivals* arrivals, int bytes) { arrivals_change(arrivals, 2 * bytes + 1); }
+inline void arrivals_wait(Arrivals* arrivals, int parity) {
+  yield();
+  if (static_cast<int>(arrivals->over & 1) == parity) wait_for(&arrivals->over, arrivals->over + 1);
+}
+inline void push(int peer, void* shared, uint4 value, Arrivals* arrivals) {
+  unsigned char* here = dynamic_shared();
+  unsigned char* there = peer_block(peer).shared.front().bytes;
+  memcpy(there + (static_cast<unsigned char*>(shared) - here), &value, sizeof value);
+  arrivals_change(reinterpret_cast<Arrivals*>(there + (reinterpret_cast<unsigned char*>(arrivals) - here)), -32);
+}
+
 // The fragments of PTX: lane l has of a the rows l / 4 and l / 4 + 8, of b the column l / 4, each with the
 // 4 bytes l % 4 of both halves of k; of c the columns 2 (l % 4) and 2 (l % 4) + 1 of its two rows.
 struct Factors {
@@ -374,9 +418,17 @@ inline int device(Device& found) {
   return 0;
 }
 
+struct Config {
+  dim3 grid;
+  int threads, shared;
+  Together together;
+  intptr_t stream;
+};
+
 template <class... Args>
-int resident_blocks(void (*)(Args...), int, int shared, const Device& on, int64_t& blocks) {
-  blocks = shared <= on.shared_bytes ? on.multiprocessors : 0;
+int fits(void (*)(Args...), const Config& c, const Device& on, bool& fit) {
+  const int64_t blocks = int64_t{c.grid.x} * (c.together == Together::kGrid ? c.grid.y * c.grid.z : 1);
+  fit = c.together == Together::kNone || blocks <= on.multiprocessors;
   return 0;
 }
 
@@ -389,7 +441,8 @@ inline std::unique_ptr<char[]>& stack(size_t number) {
 constexpr int kDeadlock = -3;  // kFusedrnnCudaDeadlock
 
 template <class... Args>
-int launch(void (*kernel)(Args...), dim3 grid, int threads, int shared, bool, intptr_t, Args... args) {
+int launch(void (*kernel)(Args...), const Config& config, Args... args) {
+  const auto [grid, threads, shared, together, stream] = config;
   Launch state;
   launched = &state;
   state.grid = grid;

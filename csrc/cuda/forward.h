@@ -28,6 +28,8 @@ template <class Cell, class P, template <class> class Exchange>
 __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const FusedrnnCudaForward a, const Tile tile) {
   using S = typename P::Storage;
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
+  constexpr bool kDeferred = Exchange<S>::kTogether != Together::kNone;
+  if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
   const int64_t H = a.hidden, direction = blockIdx.z;
   const int first_row = blockIdx.y * tile.rows();
 
@@ -38,11 +40,12 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
   float* cells = a.cells + direction * a.rows * H;
 
   unsigned char* shared = dynamic_shared();
-  float* sums = reinterpret_cast<float*>(shared + tile.vector_bytes());
+  float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
-  const Weights<P, G> weights(tile, static_cast<const uint4*>(a.weight) + direction * G * H * pieces, H, pieces,
-                              reinterpret_cast<uint4*>(shared + tile.vector_bytes() + tile.sums_bytes(G)));
+  const Weights<P, G, Exchange<S>::kRegisters> weights(tile, static_cast<const uint4*>(a.weight) + direction * G * H * pieces, H, pieces,
+                              reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(G)));
   Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
+  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 1);
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
 
@@ -84,26 +87,24 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
       if (b >= now.size || (a.resets != nullptr && a.resets[now.first + b] != 0)) return nullptr;
       return b < before.size ? output + (before.first + b) * a.output_row : start + int64_t{b} * H;
     });
-    multiply_rows<P, G>(tile, weights, exchange.vectors(), sums);
+    multiply_rows(tile, weights, exchange.vectors(i), sums);
     if (!planted(Race::kNoBlockBarrier)) __syncthreads();
 
     // Backward's values of a row, where nobody waits for them.
-    float gates[kMost][G], extra[kMost];
+    float gates[kMost][G], extra[kMost] = {};
     const auto save = [&](int e) {
       const int64_t row = now.first + own.sequence(e);
       if (kSaved<Cell> > 0 && a.saved != nullptr) {
         S* to = saved + row * kSaved<Cell> * H + own.unit;
 #pragma unroll
         for (int g = 0; g < (Cell::kSavesGates ? G : 0); ++g) to[g * H] = from_float<S>(gates[e][g]);
-        if (kSavesOwn<Cell>) to[G * H] = from_float<S>(extra[e]);
+        if constexpr (kSavesOwn<Cell>) to[G * H] = from_float<S>(extra[e]);
       }
       if (kStates > 1 && a.cells != nullptr) cells[row * H + own.unit] = states[e][kStates - 1];
     };
 #pragma unroll
     for (int e = 0; e < kMost; ++e) {
-      if (!own.has(e)) continue;
-      const bool runs = own.runs(e, now);
-      if (runs) {
+      if (own.runs(e, now)) {
         float x_half[G], h_half[G], old[kStates], made[kStates];
 #pragma unroll
         for (int g = 0; g < G; ++g) {
@@ -117,22 +118,23 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 #pragma unroll
         for (int s = 0; s < kStates; ++s) states[e][s] = made[s];
         output[(now.first + own.sequence(e)) * a.output_row + own.unit] = from_float<S>(made[0]);
-        if (!Exchange<S>::kTogether) save(e);
+        if (!kDeferred) save(e);
       }
       // A row that does not run yet goes on from where it starts.
-      exchange.publish(own.row(e), 0, own.unit, from_float<S>(next_reset >> e & 1 ? 0.0f : states[e][0]));
+      exchange.publish(i, own.row(e), 0, own.unit, from_float<S>(next_reset >> e & 1 ? 0.0f : states[e][0]));
     }
-    exchange.sent(i);
+    exchange.sent();
 
 #pragma unroll
     for (int e = 0; e < kMost; ++e) {
-      if (Exchange<S>::kTogether && own.runs(e, now)) save(e);
+      if (kDeferred && own.runs(e, now)) save(e);
     }
     load_x(next);
     before = now;
     now = next;
     reset = next_reset;
   }
+  exchange.finish(steps.count());
 
 #pragma unroll
   for (int e = 0; e < kMost; ++e) {

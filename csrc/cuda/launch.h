@@ -17,6 +17,14 @@ int gru_backward(const FusedrnnCudaBackward& a, intptr_t stream);
 namespace {
 
 constexpr int kMostTiles = 65535;  // of the second dimension of a launch
+constexpr int kMostOfCluster = 16;
+
+// The least that is not smaller.
+constexpr int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
 
 struct Plan {
   Tile tile;
@@ -24,66 +32,60 @@ struct Plan {
   int shared;
 };
 
-template <class P, int kGroups>
+template <class P, int kGroups, class Exchange>
 bool plan(int unit_warps, int row_tiles, int64_t hidden, int gates_of_k, int64_t batch, int directions,
           const Device& on, Plan& found) {
-  constexpr int kPieces = Weights<P, kGroups>::kPieces, kHeld = Weights<P, kGroups>::kRegisterChunks;
+  using Held = Weights<P, kGroups, Exchange::kRegisters>;
   Tile tile{};
   tile.unit_warps = unit_warps;
   tile.row_tiles = row_tiles;
   tile.gate_chunks = static_cast<int>(ceil_div(hidden * sizeof(typename P::Storage), kChunkBytes));
   tile.chunks = gates_of_k * tile.gate_chunks;
-  const int64_t blocks = ceil_div(hidden, tile.units()), tiles = ceil_div(batch, tile.rows());
-  const int64_t left = ceil_div(tile.chunks, tile.slices()) - kHeld;  // by the registers
-  const int64_t shared = int64_t{tile.vector_bytes()} + tile.sums_bytes(kGroups) +
-                         (left < 0 ? 0 : left * kPieces * kThreads * 16);
+  const int64_t tiles = ceil_div(batch, tile.rows());
+  int64_t blocks = ceil_div(hidden, tile.units());
+  if (Exchange::kTogether == Together::kCluster) blocks = power_of_two(blocks);
+  const int64_t left = ceil_div(tile.chunks, tile.slices()) - Held::kRegisterChunks;
+  const int64_t shared = int64_t{Exchange::bytes(tile)} + tile.sums_bytes(kGroups) +
+                         (left < 0 ? 0 : left * Held::kPieces * kThreads * 16);
   if (shared > on.shared_bytes || tiles > kMostTiles) return false;
   found = {tile, dim3(blocks, tiles, directions), static_cast<int>(shared)};
   return true;
 }
 
-// Batch tiles are as small as the machine has room for, because a step takes as long as its largest tile. 256
-// threads with kMost elements each have 2 * kMost tiles of 16 units by 8 rows.
-template <class P, int kGroups, int kMost>
-bool plan_cta(int64_t hidden, int gates_of_k, int64_t batch, int directions, const Device& on, Plan& found) {
-  int unit_warps = 1;
-  while (unit_warps * kWarpUnits < hidden) unit_warps *= 2;
+// The fewest units that a block can have leave it the most room for weights. Batch tiles are as small as the
+// machine has room for at once, because a step takes as long as its largest tile. 256 threads with kMost
+// elements each have 2 * kMost tiles of 16 units by 8 rows.
+template <class P, int kGroups, class Exchange>
+bool choose(int64_t hidden, int gates_of_k, int64_t batch, int directions, const Device& on, Plan& found) {
   bool any = false;
-  for (int row_tiles = 1; unit_warps * row_tiles <= 2 * kMost; ++row_tiles) {
-    any = plan<P, kGroups>(unit_warps, row_tiles, hidden, gates_of_k, batch, directions, on, found) || any;
-    if (any && int64_t{found.grid.y} * directions <= on.multiprocessors) break;
-  }
-  return any;
-}
-
-// The fewest units a block can have hold the most weights; more only where the blocks would not fit at once.
-template <class P, int kGroups, int kMost>
-bool plan_grid(int64_t hidden, int gates_of_k, int64_t batch, int directions, const Device& on, Plan& found) {
-  for (int unit_warps = 1; unit_warps <= 2 * kMost; unit_warps *= 2) {
-    for (int row_tiles = 1; unit_warps * row_tiles <= 2 * kMost; ++row_tiles) {
-      if (!plan<P, kGroups>(unit_warps, row_tiles, hidden, gates_of_k, batch, directions, on, found)) continue;
-      if (int64_t{found.grid.x} * found.grid.y * directions <= on.multiprocessors) return true;
+  for (int unit_warps = 1; unit_warps <= 2 * Exchange::kMost && !any; unit_warps *= 2) {
+    for (int row_tiles = 1; unit_warps * row_tiles <= 2 * Exchange::kMost; ++row_tiles) {
+      Plan next;
+      if (!plan<P, kGroups, Exchange>(unit_warps, row_tiles, hidden, gates_of_k, batch, directions, on, next)) continue;
+      const bool at_once = int64_t{next.grid.x} * next.grid.y * directions <= on.multiprocessors;
+      if (Exchange::kTogether == Together::kNone && next.grid.x > 1) continue;
+      if (Exchange::kTogether == Together::kCluster && next.grid.x > kMostOfCluster) continue;
+      if (Exchange::kTogether == Together::kGrid && !at_once) continue;
+      found = next;
+      any = true;
+      if (at_once) break;
     }
   }
-  return false;
+  return any;
 }
 
 template <class P, int kGroups, template <class> class Exchange, class Arguments>
 int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, intptr_t stream) {
   using E = Exchange<typename P::Storage>;
-  constexpr bool kTogether = E::kTogether;
   Device on;
   if (int error = device(on)) return error;
+  if (E::kTogether == Together::kCluster && on.capability < 90) return kFusedrnnCudaTooLarge;
   Plan found{};
-  const bool any = kTogether ? plan_grid<P, kGroups, E::kMost>(a.hidden, gates_of_k, a.batch, a.directions, on, found)
-                             : plan_cta<P, kGroups, E::kMost>(a.hidden, gates_of_k, a.batch, a.directions, on, found);
-  if (!any) return kFusedrnnCudaTooLarge;
-  if (kTogether) {
-    int64_t fit = 0;
-    if (int error = resident_blocks(kernel, kThreads, found.shared, on, fit)) return error;
-    if (int64_t{found.grid.x} * found.grid.y * found.grid.z > fit) return kFusedrnnCudaTooLarge;
-  }
-  return launch(kernel, found.grid, kThreads, found.shared, kTogether, stream, a, found.tile);
+  if (!choose<P, kGroups, E>(a.hidden, gates_of_k, a.batch, a.directions, on, found)) return kFusedrnnCudaTooLarge;
+  const Config config{found.grid, kThreads, found.shared, E::kTogether, stream};
+  bool fit = false;
+  if (int error = fits(kernel, config, on, fit)) return error;
+  return fit ? launch(kernel, config, a, found.tile) : int{kFusedrnnCudaTooLarge};
 }
 
 template <class Cell, class P>
@@ -92,6 +94,7 @@ int forward_as(const FusedrnnCudaForward& a, intptr_t stream) {
   switch (a.schedule) {
     case kFusedrnnCudaCta: return run<P, G, Cta>(scan_forward_kernel<Cell, P, Cta>, a, 1, stream);
     case kFusedrnnCudaGrid: return run<P, G, Grid>(scan_forward_kernel<Cell, P, Grid>, a, 1, stream);
+    case kFusedrnnCudaCluster: return run<P, G, Cluster>(scan_forward_kernel<Cell, P, Cluster>, a, 1, stream);
   }
   return kFusedrnnCudaInvalid;
 }
@@ -102,6 +105,7 @@ int backward_as(const FusedrnnCudaBackward& a, intptr_t stream) {
   switch (a.schedule) {
     case kFusedrnnCudaCta: return run<P, 1, Cta>(scan_backward_kernel<Cell, P, Cta>, a, G, stream);
     case kFusedrnnCudaGrid: return run<P, 1, Grid>(scan_backward_kernel<Cell, P, Grid>, a, G, stream);
+    case kFusedrnnCudaCluster: return run<P, 1, Cluster>(scan_backward_kernel<Cell, P, Cluster>, a, G, stream);
   }
   return kFusedrnnCudaInvalid;
 }

@@ -30,7 +30,7 @@ template <class S>
 struct Matrix {
   using Storage = S;
   using Sum = float[4];
-  static constexpr int kHeldRegisters = 128;
+  static constexpr int kSumRegisters = 4, kColumnRegisters = 4;
 
   struct Column {
     uint4 piece;
@@ -63,7 +63,7 @@ struct Tf32 : Matrix<float> {
 struct Strict {
   using Storage = float;
   using Sum = float[2 * kColumns];
-  static constexpr int kHeldRegisters = 64;
+  static constexpr int kSumRegisters = 2 * kColumns, kColumnRegisters = 2 * kColumns;
 
   struct Column {
     uint4 pieces[kColumns];
@@ -135,13 +135,15 @@ struct Tile {
 };
 
 // The weights of a warp: kGroups matrices, of each the rows of 16 units. Forward those are the gates, K the
-// units; backward it is one, of the transposed weights, K all gates of all units.
-template <class P, int kGroups>
+// units; backward it is one, of the transposed weights, K all gates of all units. A product may have kRegisters of
+// the 255 that a thread has.
+template <class P, int kGroups, int kRegisters>
 class Weights {
  public:
   using S = typename P::Storage;
   static constexpr int kPieces = 2 * kGroups;  // of a chunk
-  static constexpr int kRegisterChunks = P::kHeldRegisters / (4 * kPieces);
+  static constexpr int kRegisterChunks =
+      (kRegisters - P::kSumRegisters * kGroups - P::kColumnRegisters) / (4 * kPieces);
 
   __device__ __forceinline__ Weights(const Tile& tile, const uint4* weight /*[kGroups, hidden, gates of K, pieces]*/,
                                      int64_t hidden, int pieces, uint4* shared)
@@ -200,8 +202,8 @@ class Weights {
 };
 
 // Puts the products of all rows of the block where the threads that own its elements find them.
-template <class P, int kGroups>
-__device__ __forceinline__ void multiply_rows(const Tile& tile, const Weights<P, kGroups>& weights,
+template <class P, int kGroups, int kRegisters>
+__device__ __forceinline__ void multiply_rows(const Tile& tile, const Weights<P, kGroups, kRegisters>& weights,
                                               const unsigned char* vectors /*[rows, row_bytes]*/,
                                               float* sums /*[slices, rows, sums_row]*/) {
   const int slice = warp() / tile.unit_warps, unit = warp() % tile.unit_warps * kWarpUnits + lane() / 4;

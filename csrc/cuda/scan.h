@@ -23,8 +23,9 @@ enum { kFusedrnnCudaRnnTanh, kFusedrnnCudaRnnRelu, kFusedrnnCudaLstm, kFusedrnnC
 enum { kFusedrnnCudaFp32, kFusedrnnCudaTf32, kFusedrnnCudaBf16, kFusedrnnCudaFp16 };
 
 // cta: a block has all units of its rows. grid: units are split over blocks that meet once a step, all blocks
-// of a launch at once.
-enum { kFusedrnnCudaCta, kFusedrnnCudaGrid };
+// of a launch at once. cluster: over the up to 16 blocks of a cluster, which write into each other's shared
+// memory; from sm_90 on.
+enum { kFusedrnnCudaCta, kFusedrnnCudaGrid, kFusedrnnCudaCluster };
 
 // Beside cudaError_t, which is positive.
 enum {

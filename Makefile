@@ -73,7 +73,7 @@ $(STAMPS)/torch-$(TORCH_VERSION):
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch-$(TORCH_VERSION) pyproject.toml setup.py $(SOURCES)
-	@echo "Building the extension, in about half a minute"
+	@echo "Building the extension, in about half a minute; where nvcc is, in some minutes"
 	@$(call listed,p['build-system']['requires']) > $(STAMPS)/build.txt
 	$(ADD) -r $(STAMPS)/build.txt
 	$(PIP) install -q --no-build-isolation --no-deps -e .

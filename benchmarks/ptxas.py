@@ -32,7 +32,7 @@ ARCHITECTURES = (80, 90, 100)
 MATRIX = re.compile(r"\b(Matrix<|Tf32\b)")
 _NAMESPACES = re.compile(r"\(anonymous namespace\)::|\b\w+::")
 _ENTRY = re.compile(r"^(?:\.visible |\.weak )*\.entry (\w+)\(", re.M)
-_WARNING = re.compile(r"^.*\bwarning\b.*$", re.M)
+_WARNING = re.compile(r"^(?!Remark).*\bwarning\b.*$", re.M)
 
 
 Task = tuple[str, int]  # a source and a compute capability
@@ -104,7 +104,8 @@ def compile_for(command: list[str], source: str, arch: str, tools: Path) -> Comp
         rows = sass.read(cubin, tools) if code else {}
     named = dict(zip(rows, map(short, demangled(list(rows))))) if rows else {}
     kernels = {named[symbol]: Kernel(row, unguarded_releases(code[symbol])) for symbol, row in rows.items()}
-    return Compiled(kernels, _WARNING.findall(done.stderr + done.stdout))
+    # a header's is said of each of its instances
+    return Compiled(kernels, sorted(set(_WARNING.findall(done.stderr + done.stdout))))
 
 
 def judge(compiled: dict[Task, Compiled], only: str) -> tuple[dict[str, sass.Row], list[str]]:

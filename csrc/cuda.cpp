@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
 #ifdef FUSEDRNN_CUDA_ARCHITECTURES
 #include "cuda/sync_latency.h"

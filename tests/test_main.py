@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import terminal
+from fusedrnn import doctor, terminal
 from fusedrnn.__main__ import main
 from fusedrnn.backends import native
 from fusedrnn.parity import ATTENTION
@@ -72,6 +73,18 @@ def test_doctor_in_a_process_of_its_own() -> None:
     assert lines.count("reference  available") == 2  # of layers, and of attention
     assert "Attention, cpu" in lines
     assert any(line.startswith("torch ") and line.endswith(torch.__version__) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "missing", "line"),
+    [(["80", "90a"], None, "sm_80 sm_90a"), ([], "FUSEDRNN_CUDA=0", "missing (FUSEDRNN_CUDA=0)")],
+)
+def test_doctor_names_the_cuda_architectures(
+    architectures: list[str], missing: str | None, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = SimpleNamespace(architectures=architectures, missing=missing)
+    monkeypatch.setattr(doctor, "kernels", lambda: SimpleNamespace(cuda=cuda))
+    assert doctor.cuda_architectures() == line
 
 
 @needs_native

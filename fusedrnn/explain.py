@@ -48,8 +48,9 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
 
     recurrent = isinstance(module, _RECURRENT)
+    hidden: Any = getattr(module, "hidden_size", None)
     if recurrent:
-        request = select.Request(_cell(module), dtype, device_type)
+        request = select.Request(_cell(module), dtype, device_type, hidden=hidden)
     else:
         request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
     if select.requested() is not None:
@@ -62,7 +63,6 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     elif given:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
-        hidden: Any = module.hidden_size
         reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
     if reason is not None:
         against = {name: select.passed_over(name, request) for name in select.ORDER}

@@ -1,7 +1,7 @@
-"""csrc/cuda on a CPU: the kernels' own sources, compiled by g++ over fibers, behind Triton's layer.
+"""csrc/cuda on a CPU: the kernels' own sources, compiled by g++ over fibers, in place of `_C.cuda`.
 
-The products around the scan, the shapes and what is saved are Triton's: `on_fibers` sends the launches of its
-two scan kernels here. What the emulation shows and what not: csrc/cuda/fibers.h.
+`on_fibers` sends CPU tensors on the native backend the way of CUDA tensors. What the emulation shows and what
+not: csrc/cuda/fibers.h.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import torch
-
-from fusedrnn.backends.triton import plan
-from fusedrnn.backends.triton.call import Call, precision
-from fusedrnn.backends.triton.cells import CELLS
-from fusedrnn.backends.triton.scan import scan_bwd_kernel, scan_fwd_kernel
+from fusedrnn import use_backend
+from fusedrnn.backends import native, select
+from fusedrnn.backends.native import cuda
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -32,8 +30,6 @@ SCANS = ("scan", "scan_rnn_tanh", "scan_rnn_relu", "scan_lstm", "scan_gru")
 ORDERS = ("forward", "reversed", "random", "eager", "lagging")
 RACES = ("none", "wait", "barrier before arrival", "barrier in a block", "second buffer")
 SCHEDULES = ("cta", "grid", "cluster")
-NAMES = {cell: i for i, cell in enumerate(("rnn_tanh", "rnn_relu", "lstm", "gru"))}
-STORAGES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 INVALID, TOO_LARGE, DEADLOCK = -1, -2, -3
 
 
@@ -107,77 +103,69 @@ class Backward(ctypes.Structure):
     )
 
 
-def padded(weight: torch.Tensor) -> torch.Tensor:
-    """Rows of whole 16 bytes, the new ones zero."""
-    return torch.nn.functional.pad(
-        weight, (0, -weight.shape[-1] % (16 // weight.element_size()))
-    ).contiguous()
+class Kernels:
+    """`fusedrnn._C.cuda`'s functions, and the passes that ran, each with its schedule."""
+
+    missing = None
+
+    def __init__(self, schedule: str | None) -> None:
+        self.run = library()
+        self.only = None if schedule is None else SCHEDULES.index(schedule)
+        self.ran: list[tuple[str, str]] = []
+
+    def scan_fits(self, cell: int, storage: int, schedule: int, hidden: int, backward: bool) -> bool:
+        if self.only is not None and schedule != self.only:
+            return False
+        code = self.run.fusedrnn_cuda_scan_fits(cell, storage, schedule, ctypes.c_int64(hidden), backward)
+        if code not in (0, TOO_LARGE):
+            raise ScanError(code)
+        return code == 0
+
+    def scan_forward(self, values: tuple[int, ...], stream: int) -> None:
+        self._launch(self.run.fusedrnn_cuda_scan_forward, Forward(*values), stream)
+
+    def scan_backward(self, values: tuple[int, ...], stream: int) -> None:
+        self._launch(self.run.fusedrnn_cuda_scan_backward, Backward(*values), stream)
+
+    def _launch(self, function: Any, struct: Forward | Backward, stream: int) -> None:
+        code = function(ctypes.byref(struct), ctypes.c_ssize_t(stream))
+        if code:
+            raise ScanError(code)
+        self.ran.append((type(struct).__name__.lower(), SCHEDULES[struct.schedule]))
 
 
 @contextmanager
 def on_fibers(
-    schedule: str,
+    schedule: str | None = None,
     *,
     order: str = "forward",
     seed: int = 0,
     multiprocessors: int = 16,
     shared: int = 227 << 10,
     race: str = "none",
-) -> Iterator[list[str]]:
-    """Run Triton's scans by the CUDA kernels; yields the passes that ran.
+) -> Iterator[list[tuple[str, str]]]:
+    """Run CPU tensors by the CUDA kernels; yields the passes that ran, each with its schedule.
 
     Args:
-        schedule: one of SCHEDULES.
+        schedule: one of SCHEDULES, where it can hold the weights; None leaves the choice to the backend.
         order: who runs when several threads can, one of ORDERS; drawn with `seed` if random.
         multiprocessors, shared: of the GPU: how many blocks run at once, and bytes of shared memory of each.
         race: what is left out, one of RACES.
 
     Raises:
         ScanError: by a launch that fails.
+        BackendError: by a call whose weights do not fit.
     """
-    run = library()
-    run.fusedrnn_fibers_machine(ORDERS.index(order), seed, multiprocessors, shared, RACES.index(race))
-    ran: list[str] = []
+    kernels = Kernels(schedule)
+    kernels.run.fusedrnn_fibers_machine(ORDERS.index(order), seed, multiprocessors, shared, RACES.index(race))
 
-    def launch(c: Call, kernel: object, first: int, count: int, *args: object, **constants: object) -> None:
-        counters = torch.zeros(c.directions * c.batch, dtype=torch.int32)
-        storage = STORAGES[c.x.dtype]
-        if storage == 0 and precision() == "tf32":
-            storage = 1
-        cell = next(name for name, spec in CELLS.items() if spec is c.cell)
-        sizes = [NAMES[cell], storage, SCHEDULES.index(schedule), c.directions]
-        sizes += [c.time, c.batch, c.hidden, c.rows]
-        ends = [c.resets, c.offsets, c.lengths, counters]
-        if kernel is scan_fwd_kernel:
-            x_gates, weight, bias, start, states, _h, output, saved, cells, _d, _r, direction, row = args
-            values = [
-                x_gates,
-                padded(weight),
-                bias,
-                start,
-                states,
-                output,
-                direction,
-                row,
-                saved,
-                cells,
-                *ends,
-            ]
-            struct, function = Forward, run.fusedrnn_cuda_scan_forward
-        else:
-            assert kernel is scan_bwd_kernel
-            weight, saved, cells, cells0, h, start, grad, d_states, d_x, d_h, *strides = args
-            weight = weight.transpose(1, 2).unflatten(2, (-1, c.hidden))
-            values = [padded(weight), saved, *strides[:2], cells, cells0, h, *strides[2:4], start]
-            values += [grad, *strides[4:], d_states, d_x, d_h, *ends]
-            struct, function = Backward, run.fusedrnn_cuda_scan_backward
-        plain = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-        code = function(ctypes.byref(struct(*sizes, *plain)), ctypes.c_ssize_t(0))
-        if code:
-            raise ScanError(code)
-        ran.append(struct.__name__.lower())
+    def forget() -> None:
+        for cached in (cuda._schedule, select._table, select.no_kernel):
+            cached.cache_clear()
 
-    persistent = plan.Plan("persistent", 16, 16, 16, 1, 4, 1)
-    chosen = mock.patch.object(plan, "choose", return_value=persistent)
-    with mock.patch.object(Call, "launch", launch), chosen:
-        yield ran
+    forget()
+    instead = {"kernels": kernels, "DEVICE_TYPE": "cpu", "_device": lambda: 0, "_stream": lambda: 0}
+    built = mock.patch.object(native, "unavailable", return_value=None)
+    with mock.patch.multiple(cuda, **instead), built, use_backend("native"):
+        yield kernels.ran
+    forget()

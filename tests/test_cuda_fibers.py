@@ -6,34 +6,18 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends import select
+from fusedrnn.backends.native import layer
 from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import check
-from fusedrnn.testing import assert_parity, draw_inputs
-
-pytest.importorskip("triton")
-pytest.importorskip("greenlet")
-
-from interpreter import INTERPRETED
-
-from fusedrnn.backends.triton import layer
 from fusedrnn.cells import CELLS as STEPS
+from fusedrnn.testing import assert_parity, draw_inputs
 
 fibers = pytest.importorskip("fibers")
 from fibers import ORDERS, RACES, SCHEDULES, ScanError, on_fibers  # noqa: E402
+from gpu_layers import CELLS, DTYPES, make  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED or fibers.missing() is not None,
-    reason=fibers.missing() or "the products around the scan are on the GPU",
-)
+pytestmark = pytest.mark.skipif(fibers.missing() is not None, reason=fibers.missing() or "")
 
-CELLS = {
-    "rnn_tanh": (fusedrnn.RNN, {}),
-    "rnn_relu": (fusedrnn.RNN, {"nonlinearity": "relu"}),
-    "lstm": (fusedrnn.LSTM, {}),
-    "gru": (fusedrnn.GRU, {}),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # hidden, batch, time, lengths: less than a tile and more, whole chunks and odd ends
 SIZES = [
     (1, 9, 2, None),
@@ -46,20 +30,9 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True)
-def behind_triton(monkeypatch):
-    """Every call on the Triton backend, also on the CPU, and fp32 exact."""
-    monkeypatch.setattr(layer, "no_kernel", lambda dtype, device_type: None)
+def exact(monkeypatch):
+    """fp32 as it is."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    select._table.cache_clear()
-    with fusedrnn.use_backend("triton"):
-        yield
-    select._table.cache_clear()
-
-
-def make(cell, inputs, hidden, dtype=torch.float32, **options):
-    cls, fixed = CELLS[cell]
-    torch.manual_seed(hidden)
-    return cls(inputs, hidden, **fixed, **options).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +44,7 @@ def test_parity(cell, schedule, dtype):
         inputs = draw_inputs(module, time=time, batch=batch, lengths=lengths)
         with on_fibers(schedule, shared=256 << 10) as ran:
             assert_parity(module, inputs=inputs)
-        assert ran == ["forward", "backward"]
+        assert ran == [("forward", schedule), ("backward", schedule)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -134,7 +107,7 @@ def test_resets(cell, schedule):
         grads = torch.autograd.grad(made, leaves, [p.to(dtype) for p in pull])
         return named([*(t.detach() for t in made), *grads])
 
-    flat = resets.view(-1)
+    flat = resets.view(1, -1).bool()
     with on_fibers(schedule, order="lagging"):
         output, last, saved = layer.forward(cell, x, None, weights, states, 1, 1, flat)
         needs = (True, [True] * len(weights), [True] * count)
@@ -204,6 +177,6 @@ def test_what_does_not_fit_is_refused():
         ("grid", 512, {"shared": 48 << 10, "multiprocessors": 8}),
     ):
         module = make("lstm", 3, hidden)
-        with on_fibers(schedule, **limits) as ran, pytest.raises(ScanError, match=str(fibers.TOO_LARGE)):
+        with on_fibers(schedule, **limits) as ran, pytest.raises(fusedrnn.BackendError, match="do not fit"):
             module(torch.zeros(2, 1, 3))
         assert not ran

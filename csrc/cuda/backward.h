@@ -19,8 +19,9 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
   constexpr bool kSplit = Cell::kSplitGate >= 0;
   if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
-  const int64_t H = a.hidden, direction = blockIdx.z;
-  const int first_row = blockIdx.y * tile.rows();
+  const int64_t H = a.hidden, direction = tile.direction();
+  const int first_row = tile.first_row();
+  const uint8_t* resets = a.resets == nullptr ? nullptr : a.resets + direction * a.rows;
 
   const S* saved = static_cast<const S*>(a.saved) + direction * a.saved_direction;
   const float* cells = a.cells + direction * a.rows * H;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
   // Of the states after a step, but for what comes through the weights from the step that is later in time.
   float d_states[kMost][kStates] = {};
   const auto d_state = [&](int s, int e) {
-    return a.d_states + ((s * int64_t{gridDim.z} + direction) * a.batch + own.sequence(e)) * H + own.unit;
+    return a.d_states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
   };
 #pragma unroll
   for (int e = 0; e < kMost; ++e) {
@@ -81,14 +82,14 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
   };
 
   Span later = steps.at(-1), now = steps.at(0), before = steps.at(1);
-  unsigned reset = own.reset(a.resets, now);
+  unsigned reset = own.reset(resets, now);
   load(now, before, reset);
   for (int64_t i = 0;; ++i) {
     const Span next = steps.at(i + 2);
-    const unsigned next_reset = own.reset(a.resets, before);
+    const unsigned next_reset = own.reset(resets, before);
     exchange.receive(i, [&](int row) -> const S* {
       const int b = first_row + row;
-      if (b >= later.size || (a.resets != nullptr && a.resets[later.first + b] != 0)) return nullptr;
+      if (b >= later.size || (resets != nullptr && resets[later.first + b] != 0)) return nullptr;
       return d_h_gates + (later.first + b) * G * H;
     });
     multiply_rows(tile, weights, exchange.vectors(i), sums);

@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
   constexpr bool kDeferred = Exchange<S>::kTogether != Together::kNone;
   if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
-  const int64_t H = a.hidden, direction = blockIdx.z;
-  const int first_row = blockIdx.y * tile.rows();
+  const int64_t H = a.hidden, direction = tile.direction();
+  const int first_row = tile.first_row();
+  const uint8_t* resets = a.resets == nullptr ? nullptr : a.resets + direction * a.rows;
 
   const S* x_gates = static_cast<const S*>(a.x_gates) + direction * a.rows * G * H;
   const S* start = static_cast<const S*>(a.start) + direction * a.batch * H;
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 
   float bias[G] = {}, states[kMost][kStates] = {};
   const auto state = [&](int s, int e) {
-    return a.states + ((s * int64_t{gridDim.z} + direction) * a.batch + own.sequence(e)) * H + own.unit;
+    return a.states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
   };
   if (a.bias != nullptr && own.unit < H) {
 #pragma unroll
@@ -76,15 +77,15 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
   };
 
   Span before = steps.at(-1), now = steps.at(0);
-  unsigned reset = own.reset(a.resets, now);
+  unsigned reset = own.reset(resets, now);
   load_x(now);
   for (int64_t i = 0; i < steps.count(); ++i) {
     const Span next = steps.at(i + 1);
-    const unsigned next_reset = own.reset(a.resets, next);
+    const unsigned next_reset = own.reset(resets, next);
     // Rows that do not run have no product that anybody reads.
     exchange.receive(i, [&](int row) -> const S* {
       const int b = first_row + row;
-      if (b >= now.size || (a.resets != nullptr && a.resets[now.first + b] != 0)) return nullptr;
+      if (b >= now.size || (resets != nullptr && resets[now.first + b] != 0)) return nullptr;
       return b < before.size ? output + (before.first + b) * a.output_row : start + int64_t{b} * H;
     });
     multiply_rows(tile, weights, exchange.vectors(i), sums);

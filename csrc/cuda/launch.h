@@ -5,14 +5,15 @@
 
 namespace fusedrnn::cuda {
 
-int rnn_tanh_forward(const FusedrnnCudaForward& a, intptr_t stream);
-int rnn_relu_forward(const FusedrnnCudaForward& a, intptr_t stream);
-int lstm_forward(const FusedrnnCudaForward& a, intptr_t stream);
-int gru_forward(const FusedrnnCudaForward& a, intptr_t stream);
-int rnn_tanh_backward(const FusedrnnCudaBackward& a, intptr_t stream);
-int rnn_relu_backward(const FusedrnnCudaBackward& a, intptr_t stream);
-int lstm_backward(const FusedrnnCudaBackward& a, intptr_t stream);
-int gru_backward(const FusedrnnCudaBackward& a, intptr_t stream);
+// Without a stream nothing is launched or read: whether it could be.
+int rnn_tanh_forward(const FusedrnnCudaForward& a, const intptr_t* stream);
+int rnn_relu_forward(const FusedrnnCudaForward& a, const intptr_t* stream);
+int lstm_forward(const FusedrnnCudaForward& a, const intptr_t* stream);
+int gru_forward(const FusedrnnCudaForward& a, const intptr_t* stream);
+int rnn_tanh_backward(const FusedrnnCudaBackward& a, const intptr_t* stream);
+int rnn_relu_backward(const FusedrnnCudaBackward& a, const intptr_t* stream);
+int lstm_backward(const FusedrnnCudaBackward& a, const intptr_t* stream);
+int gru_backward(const FusedrnnCudaBackward& a, const intptr_t* stream);
 
 namespace {
 
@@ -74,22 +75,47 @@ bool choose(int64_t hidden, int gates_of_k, int64_t batch, int directions, const
   return any;
 }
 
+// All blocks of a grid run at once, so what is too large for that becomes several launches, one after the other:
+// what fits depends on H alone, never on the batch.
 template <class P, int kGroups, template <class> class Exchange, class Arguments>
-int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, intptr_t stream) {
+int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, const intptr_t* stream) {
   using E = Exchange<typename P::Storage>;
   Device on;
   if (int error = device(on)) return error;
   if (E::kTogether == Together::kCluster && on.capability < 90) return kFusedrnnCudaTooLarge;
   Plan found{};
-  if (!choose<P, kGroups, E>(a.hidden, gates_of_k, a.batch, a.directions, on, found)) return kFusedrnnCudaTooLarge;
-  const Config config{found.grid, kThreads, found.shared, E::kTogether, stream};
-  bool fit = false;
-  if (int error = fits(kernel, config, on, fit)) return error;
-  return fit ? launch(kernel, config, a, found.tile) : int{kFusedrnnCudaTooLarge};
+  int64_t batch = a.batch;
+  int directions = a.directions;
+  for (bool fit = false; !fit;) {
+    if (choose<P, kGroups, E>(a.hidden, gates_of_k, batch, directions, on, found)) {
+      if (int error = fits(kernel, {found.grid, kThreads, found.shared, E::kTogether, 0}, on, fit)) return error;
+    }
+    if (fit) break;
+    if (E::kTogether != Together::kGrid || (directions == 1 && batch <= kColumns)) return kFusedrnnCudaTooLarge;
+    if (directions == 2) {
+      directions = 1;
+    } else {
+      batch = ceil_div(batch, 2);
+    }
+  }
+  if (stream == nullptr) return 0;
+
+  Arguments part = a;
+  Tile tile = found.tile;
+  const int tiles = static_cast<int>(ceil_div(a.batch, tile.rows())), most = found.grid.y;
+  for (tile.first_direction = 0; tile.first_direction < a.directions; tile.first_direction += directions) {
+    for (tile.first_tile = 0; tile.first_tile < tiles; tile.first_tile += most) {
+      const int now = tiles - tile.first_tile < most ? tiles - tile.first_tile : most;
+      const Config config{dim3(found.grid.x, now, directions), kThreads, found.shared, E::kTogether, *stream};
+      if (int error = launch(kernel, config, part, tile)) return error;
+      if (part.counters != nullptr) part.counters += now * directions;
+    }
+  }
+  return 0;
 }
 
 template <class Cell, class P>
-int forward_as(const FusedrnnCudaForward& a, intptr_t stream) {
+int forward_as(const FusedrnnCudaForward& a, const intptr_t* stream) {
   constexpr int G = Cell::kGates;
   switch (a.schedule) {
     case kFusedrnnCudaCta: return run<P, G, Cta>(scan_forward_kernel<Cell, P, Cta>, a, 1, stream);
@@ -100,7 +126,7 @@ int forward_as(const FusedrnnCudaForward& a, intptr_t stream) {
 }
 
 template <class Cell, class P>
-int backward_as(const FusedrnnCudaBackward& a, intptr_t stream) {
+int backward_as(const FusedrnnCudaBackward& a, const intptr_t* stream) {
   constexpr int G = Cell::kGates;
   switch (a.schedule) {
     case kFusedrnnCudaCta: return run<P, 1, Cta>(scan_backward_kernel<Cell, P, Cta>, a, G, stream);
@@ -111,7 +137,7 @@ int backward_as(const FusedrnnCudaBackward& a, intptr_t stream) {
 }
 
 template <class Cell>
-int forward(const FusedrnnCudaForward& a, intptr_t stream) {
+int forward(const FusedrnnCudaForward& a, const intptr_t* stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return forward_as<Cell, Strict>(a, stream);
     case kFusedrnnCudaTf32: return forward_as<Cell, Tf32>(a, stream);
@@ -122,7 +148,7 @@ int forward(const FusedrnnCudaForward& a, intptr_t stream) {
 }
 
 template <class Cell>
-int backward(const FusedrnnCudaBackward& a, intptr_t stream) {
+int backward(const FusedrnnCudaBackward& a, const intptr_t* stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return backward_as<Cell, Strict>(a, stream);
     case kFusedrnnCudaTf32: return backward_as<Cell, Tf32>(a, stream);

@@ -121,7 +121,10 @@ struct Tile {
   int row_tiles;     // tiles of 8 rows of the batch
   int gate_chunks;   // chunks of the units of one gate
   int chunks;        // of K
+  int first_tile, first_direction;  // of the launch
 
+  __device__ __forceinline__ int64_t direction() const { return first_direction + blockIdx.z; }
+  __device__ __forceinline__ int first_row() const { return (first_tile + blockIdx.y) * rows(); }
   __device__ __host__ int units() const { return unit_warps * kWarpUnits; }
   __device__ __host__ int slices() const { return kWarps / unit_warps; }
   __device__ __host__ int rows() const { return row_tiles * kColumns; }

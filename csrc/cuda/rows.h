@@ -44,7 +44,7 @@ class Own {
         unit(blockIdx.x * tile.units() + local_unit),
         first_(threadIdx.x / tile.units()),
         every_(kThreads / tile.units()),
-        first_row_(blockIdx.y * tile.rows()) {
+        first_row_(tile.first_row()) {
     const int64_t left = batch - first_row_;
     rows_ = unit >= hidden ? 0 : left < tile.rows() ? static_cast<int>(left) : tile.rows();
   }

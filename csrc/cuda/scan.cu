@@ -16,12 +16,7 @@ bool valid(const Arguments& a) {
          (a.schedule != kFusedrnnCudaGrid || a.counters != nullptr);
 }
 
-}  // namespace
-
-int fusedrnn_cuda_scan_forward(const FusedrnnCudaForward* arguments, intptr_t stream) {
-  const FusedrnnCudaForward& a = *arguments;
-  if (!valid(a)) return kFusedrnnCudaInvalid;
-  if (a.rows == 0) return 0;
+int of_cell(const FusedrnnCudaForward& a, const intptr_t* stream) {
   switch (a.cell) {
     case kFusedrnnCudaRnnTanh: return rnn_tanh_forward(a, stream);
     case kFusedrnnCudaRnnRelu: return rnn_relu_forward(a, stream);
@@ -31,10 +26,7 @@ int fusedrnn_cuda_scan_forward(const FusedrnnCudaForward* arguments, intptr_t st
   return kFusedrnnCudaInvalid;
 }
 
-int fusedrnn_cuda_scan_backward(const FusedrnnCudaBackward* arguments, intptr_t stream) {
-  const FusedrnnCudaBackward& a = *arguments;
-  if (!valid(a)) return kFusedrnnCudaInvalid;
-  if (a.rows == 0) return 0;
+int of_cell(const FusedrnnCudaBackward& a, const intptr_t* stream) {
   switch (a.cell) {
     case kFusedrnnCudaRnnTanh: return rnn_tanh_backward(a, stream);
     case kFusedrnnCudaRnnRelu: return rnn_relu_backward(a, stream);
@@ -42,6 +34,40 @@ int fusedrnn_cuda_scan_backward(const FusedrnnCudaBackward* arguments, intptr_t 
     case kFusedrnnCudaGru: return gru_backward(a, stream);
   }
   return kFusedrnnCudaInvalid;
+}
+
+template <class Arguments>
+int scan(const Arguments& a, intptr_t stream) {
+  if (!valid(a)) return kFusedrnnCudaInvalid;
+  return a.rows == 0 ? 0 : of_cell(a, &stream);
+}
+
+template <class Arguments>
+int scan_fits(int32_t cell, int32_t storage, int32_t schedule, int64_t hidden) {
+  if (hidden < 1 || hidden > kMostHidden) return kFusedrnnCudaInvalid;
+  Arguments a{};
+  a.cell = cell;
+  a.storage = storage;
+  a.schedule = schedule;
+  a.directions = 1;
+  a.batch = 1;
+  a.hidden = hidden;
+  return of_cell(a, nullptr);
+}
+
+}  // namespace
+
+int fusedrnn_cuda_scan_forward(const FusedrnnCudaForward* arguments, intptr_t stream) {
+  return scan(*arguments, stream);
+}
+
+int fusedrnn_cuda_scan_backward(const FusedrnnCudaBackward* arguments, intptr_t stream) {
+  return scan(*arguments, stream);
+}
+
+int fusedrnn_cuda_scan_fits(int32_t cell, int32_t storage, int32_t schedule, int64_t hidden, int32_t backward) {
+  const auto fits = backward ? scan_fits<FusedrnnCudaBackward> : scan_fits<FusedrnnCudaForward>;
+  return fits(cell, storage, schedule, hidden);
 }
 
 #if defined(FUSEDRNN_FIBERS)

@@ -46,7 +46,7 @@ struct FusedrnnCudaForward {
   int64_t output_direction, output_row;
   void* saved;              // [D, N, SAVED*H]: the activated gates, of a GRU also n's recurrent half; or null
   float* cells;             // [S-1, D, N, H]: the other states, or null
-  const uint8_t* resets;    // [N]: the states are zero before these rows; or null
+  const uint8_t* resets;    // [D, N]: the states are zero before these rows; or null
   const int64_t* offsets;   // [T+1], or null
   const int64_t* lengths;   // [B], or null with offsets
   uint32_t* counters;       // [D, B] zeros for grid, which leaves them dirty; else null
@@ -68,13 +68,18 @@ struct FusedrnnCudaBackward {
   float* d_states;     // [S, D, B, H]: of the last states; of those before the first step
   void* d_x_gates;     // [D, N, G*H]; d_h_gates itself but for a GRU
   void* d_h_gates;     // [D, N, G*H]
-  const uint8_t* resets;   // [N] or null
+  const uint8_t* resets;   // [D, N] or null
   const int64_t* offsets;  // [T+1] or null
   const int64_t* lengths;  // [B] or null with offsets
   uint32_t* counters;      // [D, B] zeros for grid, which leaves them dirty; else null
 };
 
-// 0, a cudaError_t or one of the codes above. Pointers are on the current device.
+// All return 0, a cudaError_t or one of the codes above. Pointers are on the current device.
+
+// Whether a schedule can hold a scan on the current device, whatever its batch, time and directions.
+FUSEDRNN_EXPORT int fusedrnn_cuda_scan_fits(int32_t cell, int32_t storage, int32_t schedule, int64_t hidden,
+                                            int32_t backward);
+
 FUSEDRNN_EXPORT int fusedrnn_cuda_scan_forward(const FusedrnnCudaForward* arguments, intptr_t stream);
 FUSEDRNN_EXPORT int fusedrnn_cuda_scan_backward(const FusedrnnCudaBackward* arguments, intptr_t stream);
 }

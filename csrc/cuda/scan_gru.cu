@@ -3,7 +3,7 @@
 
 namespace fusedrnn::cuda {
 
-int gru_forward(const FusedrnnCudaForward& a, intptr_t stream) { return forward<Gru>(a, stream); }
-int gru_backward(const FusedrnnCudaBackward& a, intptr_t stream) { return backward<Gru>(a, stream); }
+int gru_forward(const FusedrnnCudaForward& a, const intptr_t* stream) { return forward<Gru>(a, stream); }
+int gru_backward(const FusedrnnCudaBackward& a, const intptr_t* stream) { return backward<Gru>(a, stream); }
 
 }  // namespace fusedrnn::cuda

@@ -53,7 +53,7 @@ def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Ite
     gates, size = CELLS[cell].gates, _SIZES[dtype]
     for backward in (False, True):
         plans = {
-            plan.choose(gates, hidden, size, batch, 1, False, backward, plan.H100): None
+            plan.choose(gates, hidden, size, batch, 1, backward, plan.H100): None
             for hidden in _HIDDEN
             for batch in (16, 32)
         }

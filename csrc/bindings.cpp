@@ -34,7 +34,7 @@ Shape read_shape(const py::tuple& t) {
 template <class S>
 void read(const py::tuple& t, ForwardDirection<S>& d) {
   using T = Acc<S>;
-  if (t.size() != 22) throw std::invalid_argument("forward: a direction has 22 fields");
+  if (t.size() != 23) throw std::invalid_argument("forward: a direction has 23 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
   d.input = pointer<const S>(t[7]);
@@ -52,12 +52,13 @@ void read(const py::tuple& t, ForwardDirection<S>& d) {
   d.gates = pointer<T>(t[19]);
   d.extra = pointer<T>(t[20]);
   d.raw = pointer<T>(t[21]);
+  d.resets = pointer<const bool>(t[22]);
 }
 
 template <class S>
 void read(const py::tuple& t, BackwardDirection<S>& d) {
   using T = Acc<S>;
-  if (t.size() != 29) throw std::invalid_argument("backward: a direction has 29 fields");
+  if (t.size() != 30) throw std::invalid_argument("backward: a direction has 30 fields");
   d.shape = read_shape(t);
   d.reverse = integer(t[6]) != 0;
   d.input = pointer<const S>(t[7]);
@@ -82,6 +83,7 @@ void read(const py::tuple& t, BackwardDirection<S>& d) {
   d.d_bias_ih = pointer<T>(t[26]);
   d.d_bias_hh = pointer<T>(t[27]);
   d.d_weight_hr = pointer<T>(t[28]);
+  d.resets = pointer<const bool>(t[29]);
 }
 
 template <class Direction, class Run>

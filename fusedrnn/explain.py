@@ -18,12 +18,13 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION = (nn.MultiheadAttention, Attention, AdditiveAttention)
 
 
-def explain(module: nn.Module, *inputs: Any) -> select.Choice:
+def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choice:
     """The backend that ``module(*inputs)`` runs on in eager mode, why, and why not the others.
 
     Args:
         module: a fused module, or a stock one of torch.nn.
         inputs: the arguments of its forward. Without them the weights' dtype and device decide, and no size.
+        resets: those of a layer's forward, which rule out torch's own path.
 
     Raises:
         TypeError: ``module`` is neither a recurrent nor an attention module.
@@ -50,7 +51,8 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     recurrent = isinstance(module, _RECURRENT)
     hidden: Any = getattr(module, "hidden_size", None)
     if recurrent:
-        request = select.Request(_cell(module), dtype, device_type, hidden=hidden)
+        resetting = resets is not None
+        request = select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resetting)
     else:
         request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
     if select.requested() is not None:
@@ -60,7 +62,7 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     reason = None
     if not recurrent:
         reason = hand_over.attend_reason(request, *_asked(module, inputs, grad))
-    elif given:
+    elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
         reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
@@ -72,7 +74,8 @@ def explain(module: nn.Module, *inputs: Any) -> select.Choice:
     choice = select.choose(request)
     others = _others(request, choice, f"{choice.backend} comes first and can run this")
     slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
-    return select.Choice(choice.backend, choice.why, {**others, "torch": slower})
+    refused = select.against("torch", request)
+    return select.Choice(choice.backend, choice.why, {**others, "torch": refused or slower})
 
 
 def _others(request: select.Request, choice: select.Choice, reason: str) -> dict[str, str]:

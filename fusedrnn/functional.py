@@ -1,4 +1,4 @@
-"""The functions behind torch.nn's recurrent modules, with the signatures of ``torch._VF``.
+"""The functions behind torch.nn's recurrent modules, with the signatures of ``torch._VF`` and ``resets``.
 
 They validate, loop over layers and call :func:`fusedrnn.ops.layer`. A call that torch refuses, or
 that no backend knows, goes to torch's own function as it came: its error or its result is the answer.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._C._functorch as functorch
+import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -23,7 +24,7 @@ _TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def lstm(*args: Any, resets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers; torch._VF.lstm's two signatures.
 
     Dense: ``(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)``.
@@ -34,31 +35,39 @@ def lstm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         data, batch_sizes: ``[N, I]`` and int64 ``[T]``, as in a ``PackedSequence``.
         hx: ``(h_0 [L*D, B, P], c_0 [L*D, B, H])``.
         params: per layer and direction ``weight_ih, weight_hh, (bias_ih, bias_hh), (weight_hr)``.
+        resets: bool, ``[T, B]``, or ``[B, T]`` if ``batch_first``; ``[N]`` for packed data. True where a
+            piece begins: the states before that step are zeros, in every layer, and in both directions each
+            piece is computed as if it were alone. ``hx`` is for the piece of the first step, unless that step
+            too is a reset; in reverse for the piece of the last step. The last states are those of the last
+            piece, in reverse of the first one.
 
     Returns:
         ``(output, h_n, c_n)``, the states shaped as in ``hx``. Under autocast all are computed in,
         and have, the autocast dtype.
 
     Raises:
-        BackendError: the backend asked for by name cannot run this call.
+        BackendError: the backend asked for by name cannot run this call; or nothing can but torch's own
+            path, which has no ``resets``.
+        TypeError, ValueError, RuntimeError: ``resets`` is no tensor, not of bool, or of another shape or
+            device than the input's.
         Otherwise what torch's own function raises.
     """
-    return _stack("lstm", args)  # type: ignore[return-value]
+    return _stack("lstm", args, resets)  # type: ignore[return-value]
 
 
-def gru(*args: Any) -> tuple[Tensor, Tensor]:
+def gru(*args: Any, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers; as :func:`lstm`, with ``hx`` the tensor ``h_0``: ``(output, h_n)``."""
-    return _stack("gru", args)  # type: ignore[return-value]
+    return _stack("gru", args, resets)  # type: ignore[return-value]
 
 
-def rnn_tanh(*args: Any) -> tuple[Tensor, Tensor]:
+def rnn_tanh(*args: Any, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers with tanh; as :func:`gru`."""
-    return _stack("rnn_tanh", args)  # type: ignore[return-value]
+    return _stack("rnn_tanh", args, resets)  # type: ignore[return-value]
 
 
-def rnn_relu(*args: Any) -> tuple[Tensor, Tensor]:
+def rnn_relu(*args: Any, resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A stack of Elman layers with ReLU; as :func:`gru`."""
-    return _stack("rnn_relu", args)  # type: ignore[return-value]
+    return _stack("rnn_relu", args, resets)  # type: ignore[return-value]
 
 
 def lstm_cell(
@@ -112,11 +121,11 @@ def rnn_relu_cell(
 # ---- what both kinds share ---------------------------------------------------------------------
 
 
-def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _stack(cell: str, args: tuple[Any, ...], resets: Tensor | None) -> tuple[Tensor, ...]:
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(args[0].device.type):
-        return _in_autocast_dtype(_stack, cell, args)
+        return _in_autocast_dtype(_stack, cell, args, resets)
     if len(args) != 9:
-        return _by_torch(cell, args, "the arguments match neither signature")
+        return _by_torch(cell, args, "the arguments match neither signature", resets)
     if isinstance(args[3], (list, tuple)):
         input, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
         batch_first = False
@@ -127,9 +136,9 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     directions = 2 if bidirectional else 1
 
     if not isinstance(params, (list, tuple)):
-        return _by_torch(cell, args, "params is no list of tensors")
+        return _by_torch(cell, args, "params is no list of tensors", resets)
     steps = input if batch_sizes is None else batch_sizes
-    if type(steps) is Tensor and steps.dim() > batch_first:
+    if resets is None and type(steps) is Tensor and steps.dim() > batch_first:
         reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states, params)
         if reason is not None:
             return _by_torch(cell, args, reason)
@@ -139,10 +148,12 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
             input = input.transpose(0, 1)
         reason = _misshapen(cell, input, batch_sizes, states, params, has_biases, num_layers, directions)
     if reason is not None:
-        return _by_torch(cell, args, reason)
-    backend, reason = _backend(cell, input, params)
+        return _by_torch(cell, args, reason, resets)
+    backend, reason = _backend(cell, input, params, resets is not None)
     if backend == "torch":
-        return _by_torch(cell, args, reason)
+        return _by_torch(cell, args, reason, resets)
+    if resets is not None:
+        resets = _by_direction(resets, input, batch_sizes, batch_first, directions)
 
     per_layer = len(params) // num_layers
     lasts = []
@@ -156,6 +167,7 @@ def _stack(cell: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
             cell,
             directions,
             backend,
+            resets,
         )
         lasts.append(last)
         if dropout != 0 and train and k < num_layers - 1:
@@ -189,7 +201,7 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
     return (last[0].squeeze(0), last[1].squeeze(0)) if len(last) == 2 else last[0].squeeze(0)
 
 
-def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any, ...]) -> Any:
+def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any, ...], *rest: Any) -> Any:
     """Compute and return in the autocast dtype, states included; fp64 is left alone, as in torch."""
     device_type = args[0].device.type
     dtype = torch.get_autocast_dtype(device_type)
@@ -201,11 +213,13 @@ def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any,
         return arg.to(dtype) if eligible else arg
 
     with torch.autocast(device_type, enabled=False):
-        return function(cell, tuple(cast(arg) for arg in args))
+        return function(cell, tuple(cast(arg) for arg in args), *rest)
 
 
-def _by_torch(name: str, args: tuple[Any, ...], reason: str) -> Any:
+def _by_torch(name: str, args: tuple[Any, ...], reason: str, resets: Tensor | None = None) -> Any:
     """Torch's own function. What it refuses, it refuses in its own words, before ours are needed."""
+    if resets is not None:
+        raise select.BackendError(f"torch's own path has no resets, and no other can run this call: {reason}")
     result = getattr(_VF, name)(*args)
     wanted = select.requested()
     if wanted is not None and wanted != "torch":
@@ -295,6 +309,40 @@ def _unpackable(batch_sizes: Tensor, rows: int, batch: int) -> str | None:
     return None
 
 
+def _by_direction(
+    resets: Any, input: Tensor, batch_sizes: Tensor | None, batch_first: bool, directions: int
+) -> Tensor:
+    """Where the states are zero before a row's step, per direction [D, N].
+
+    In reverse a piece begins at its last step, the one before the next reset.
+    """
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets: expected a bool tensor, got {type(resets).__name__}")
+    if resets.dtype is not torch.bool:
+        raise ValueError(f"resets: expected torch.bool, got {resets.dtype}")
+    if resets.device != input.device:
+        raise RuntimeError(f"resets: expected the input's device {input.device}, got {resets.device}")
+    shape = input.shape[:-1]
+    expected = tuple(shape[::-1] if batch_first else shape)
+    if resets.shape != expected:
+        raise RuntimeError(f"resets: expected shape {expected}, got {tuple(resets.shape)}")
+    if batch_first:
+        resets = resets.t()
+    flat = resets.reshape(-1)
+    if directions == 1:
+        return flat[None]
+    if batch_sizes is None:
+        return torch.stack([flat, torch.cat([resets[1:], torch.zeros_like(resets[:1])]).reshape(-1)])
+    rows = input.shape[0]
+    first, size, next_size = (
+        t.repeat_interleave(batch_sizes, output_size=rows)
+        for t in (batch_sizes.cumsum(0) - batch_sizes, batch_sizes, F.pad(batch_sizes[1:], (0, 1)))
+    )
+    row = torch.arange(rows)
+    later = torch.where(row - first < next_size, row + size, rows).to(flat.device)
+    return torch.stack([flat, F.pad(flat, (0, 1))[later]])
+
+
 def _faster_by_torch(
     function: str, input: Any, time: int, states: Sequence[Any], params: Sequence[Any]
 ) -> str | None:
@@ -310,12 +358,13 @@ def _faster_by_torch(
     return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
 
 
-def _backend(cell: str, input: Tensor, params: Sequence[Tensor]) -> tuple[str, str]:
+def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = False) -> tuple[str, str]:
     """The backend to run on, and why where that is torch itself."""
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "torch", "ONNX knows torch's operators"
     hidden = params[1].shape[0] // len(CELLS[cell].gates)
-    return _chosen(cell, input.dtype, input.device.type, hidden, select.requested()), "asked for by name"
+    wanted = select.requested()
+    return _chosen(cell, input.dtype, input.device.type, hidden, resets, wanted), "asked for by name"
 
 
 def _transformed() -> bool:
@@ -323,9 +372,11 @@ def _transformed() -> bool:
     return functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _chosen(cell: str, dtype: torch.dtype, device_type: str, hidden: int, wanted: str | None) -> str:
+def _chosen(
+    cell: str, dtype: torch.dtype, device_type: str, hidden: int, resets: bool, wanted: str | None
+) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
-    return select.choose(select.Request(cell, dtype, device_type, hidden=hidden)).backend
+    return select.choose(select.Request(cell, dtype, device_type, hidden=hidden, resets=resets)).backend
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo

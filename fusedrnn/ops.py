@@ -224,33 +224,35 @@ class _TransformedBackward(_Transformable):
 
 @dataclass(eq=False, slots=True)
 class _Layer:
-    """A layer's call, of [input, *weights, *states] and batch_sizes."""
+    """A layer's call, of [input, *weights, *states] and batch_sizes, resets."""
 
     cell: str
     n_weights: int
     n_states: int
     directions: int
     backend: str
-    constants: int = 1
+    constants: int = 2
 
     @property
     def outputs(self) -> int:
         return 1 + self.n_states
 
     def _split(self, tensors: Sequence[Any]) -> tuple[Any, Optional, list[Any], list[Any]]:
-        input, weights, states = layer_operator.split(tensors[:-1], self.n_weights)
-        return input, tensors[-1], weights, states
+        input, weights, states = layer_operator.split(tensors[:-2], self.n_weights)
+        return input, tensors[-2], weights, states
 
     def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         output, last, saved = layer_operator.launch_forward(
-            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend
-        )
+            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend,
+            tensors[-1],
+        )  # fmt: skip
         return (output, *last), saved
 
     def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
         output, last, _ = layer_operator.call_layer(
-            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend
-        )
+            *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend,
+            tensors[-1],
+        )  # fmt: skip
         return (output, *last)
 
     def backward(
@@ -270,12 +272,14 @@ class _Layer:
             launch = torch.ops.fusedrnn.layer_backward
         return launch(
             grads[0], grad_last, input, batch_sizes, weights, states, output, saved, self.cell,
-            self.directions, self.backend, needs,
+            self.directions, self.backend, needs, tensors[-1],
         )  # fmt: skip
 
     def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
         input, batch_sizes, weights, states = self._split(tensors)
-        output, last = reference.layer(self.cell, input, batch_sizes, weights, states, self.directions)
+        output, last = reference.layer(
+            self.cell, input, batch_sizes, weights, states, self.directions, tensors[-1]
+        )
         return (output, *last)
 
 
@@ -287,6 +291,7 @@ def layer(
     cell: str,
     directions: int,
     backend: str,
+    resets: Optional = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run one layer, all its directions, on ``backend``.
 
@@ -296,7 +301,7 @@ def layer(
         The output ``[T, B, D*P]`` (``[N, D*P]`` packed) and the last states, each ``[D, B, ...]``.
     """
     call = _Layer(cell, len(weights), len(states), directions, backend)
-    output, *last = _run(call, input, *weights, *states, batch_sizes)
+    output, *last = _run(call, input, *weights, *states, batch_sizes, resets)
     return output, last
 
 

@@ -36,7 +36,7 @@ def ceilings_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL = ["--cell", "gru", "--hidden", "8", "--batch", "2", "--time", "3", "--seconds", "0"]
 
 
-@pytest.mark.parametrize("layout", [[], ["--ragged"], ["--bidirectional"], ["--stacked"]])
+@pytest.mark.parametrize("layout", [[], ["--ragged"], ["--bidirectional"], ["--stacked"], ["--resets"]])
 def test_bench_leaves_json_and_a_table(
     layout: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ T, B, I, H = 3, 2, 3, 4
 ON_CPU = select.Request("lstm", torch.float32, "cpu")
 BACKENDS = [name for name in select.ORDER if select.against(name, ON_CPU) is None]
 CASES = [
-    pytest.param(cell, directions, proj, bias, ragged, id=label)
+    pytest.param(cell, directions, proj, bias, ragged, "resets" in label, id=label)
     for label, cell, directions, proj, bias, ragged in (
         ("rnn_tanh", "rnn_tanh", 1, None, True, False),
         ("rnn_relu-2", "rnn_relu", 2, None, True, False),
@@ -25,6 +25,8 @@ CASES = [
         ("lstm-2-proj-ragged", "lstm", 2, 3, True, True),
         ("gru-2", "gru", 2, None, True, False),
         ("gru-nobias-ragged", "gru", 1, None, False, True),
+        ("lstm-proj-ragged-resets", "lstm", 1, 3, False, True),
+        ("gru-2-resets", "gru", 2, None, False, False),
     )
 ]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -33,7 +35,16 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 class Case:
     """One layer call in fp64 as a function of its differentiable tensors."""
 
-    def __init__(self, cell: str, directions: int, proj: int | None, bias: bool, ragged: bool, backend: str):
+    def __init__(
+        self,
+        backend: str,
+        cell: str,
+        directions: int,
+        proj: int | None,
+        bias: bool,
+        ragged: bool,
+        resets: bool = False,
+    ):
         generator = torch.Generator().manual_seed(0)
 
         def make(*shape: int) -> Tensor:
@@ -51,6 +62,8 @@ class Case:
         self.states = [make(directions, B, out if k == 0 else H) for k in range(len(spec.states))]
         self.input = make(5, I) if ragged else make(T, B, I)
         self.tensors = (self.input, *self.weights, *self.states)
+        rows = self.input[..., 0].numel()
+        self.resets = torch.rand(directions, rows, generator=generator) < 0.4 if resets else None
 
     def split(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         n = 1 + len(self.weights)
@@ -59,7 +72,7 @@ class Case:
     def fused(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         input, weights, states = self.split(tensors)
         output, last = ops.layer(
-            input, self.batch_sizes, weights, states, self.cell, self.directions, self.backend
+            input, self.batch_sizes, weights, states, self.cell, self.directions, self.backend, self.resets
         )
         return (output, *last)
 
@@ -68,11 +81,16 @@ class Case:
 
     def operator_args(self, *tensors: Tensor) -> tuple:
         input, weights, states = self.split(tensors)
-        return (input, self.batch_sizes, weights, states, self.cell, self.directions, True, self.backend)
+        return (
+            input, self.batch_sizes, weights, states, self.cell, self.directions, True, self.backend,
+            self.resets,
+        )  # fmt: skip
 
     def exact(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         input, weights, states = self.split(tensors)
-        output, last = reference.layer(self.cell, input, self.batch_sizes, weights, states, self.directions)
+        output, last = reference.layer(
+            self.cell, input, self.batch_sizes, weights, states, self.directions, self.resets
+        )
         return (output, *last)
 
     def scalar(self, run, *tensors: Tensor) -> Tensor:
@@ -81,7 +99,7 @@ class Case:
 
 @pytest.fixture
 def case(request, backend) -> Case:
-    return Case(*request.param, backend)
+    return Case(backend, *request.param)
 
 
 every_case = pytest.mark.parametrize("case", [pytest.param(p.values, id=p.id) for p in CASES], indirect=True)
@@ -138,7 +156,7 @@ def test_opcheck(case):
     torch.library.opcheck(
         torch.ops.fusedrnn.layer_backward.default,
         (grads[0], grads[1:], input, case.batch_sizes, weights, states, flat[0], list(flat[n:]),
-         case.cell, case.directions, case.backend, [True] * len(case.tensors)),
+         case.cell, case.directions, case.backend, [True] * len(case.tensors), case.resets),
     )  # fmt: skip
 
 
@@ -253,7 +271,7 @@ def test_backward_inside_autocast_keeps_its_dtype(case):
 
 
 def test_backward_inside_autocast_in_fp32(backend):
-    case = Case("gru", 1, None, True, False, backend)
+    case = Case(backend, "gru", 1, None, True, False)
     tensors = tuple(t.detach().float().requires_grad_() for t in case.tensors)
     out = case.scalar(case.fused, *tensors)
     plain = torch.autograd.grad(out, tensors, retain_graph=True)

@@ -15,8 +15,6 @@ import torch
 import fusedrnn
 from fusedrnn import saving
 from fusedrnn.backends import select
-from fusedrnn.backends.reference import layer as reference
-from fusedrnn.budget import check
 from fusedrnn.testing import assert_parity, draw_inputs
 
 triton = pytest.importorskip("triton")
@@ -27,6 +25,7 @@ import triton.language as tl  # noqa: E402
 from cooperative import Deadlock, cooperative  # noqa: E402
 from gpu_layers import CELLS, DTYPES  # noqa: E402
 from interpreter import DEVICE, INTERPRETED  # noqa: E402
+from pieces import draw, in_pieces, resetting  # noqa: E402
 
 from fusedrnn.backends.triton import layer, plan, scan  # noqa: E402
 
@@ -126,44 +125,21 @@ def test_recompute(cell, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets(cell, schedule):
-    """A state that is zeroed in mid-sequence, against the same sequence in two calls of the reference."""
-    module = make(cell, 5, 17)
-    weights = [p.detach() for p in module.parameters()]
-    count = 2 if cell == "lstm" else 1
-    x = torch.randn(5, 3, 5, device=DEVICE)
-    states = [torch.randn(1, 3, 17, device=DEVICE) for _ in range(count)]
-    resets = torch.zeros(5, 3, dtype=torch.uint8, device=DEVICE)
-    resets[0, 1] = resets[2] = resets[4, 0] = 1
-    pull = [torch.randint(-4, 5, (5, 3, 17), device=DEVICE).float()]
-    pull += [torch.randint(-4, 5, s.shape, device=DEVICE).float() for s in states]
+    """States that are zeroed in mid-sequence, against the pieces run one by one."""
+    for lengths in (None, [3, 1, 2]):
+        module = make(cell, 5, 17, bidirectional=lengths is not None)
+        inputs = draw(module, 0.4, time=3, batch=2, lengths=lengths)
+        with planned(schedule), together(schedule, order="lagging"):
+            assert_parity(resetting(module), in_pieces(module), inputs)
 
-    def named(tensors):
-        return dict(zip(["output", "last_h", "last_c"][: 1 + count], tensors)) | {
-            f"grad {i}": g for i, g in enumerate(tensors[1 + count :])
-        }
 
-    def oracle(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, *weights, *states)]
-        now, outputs = leaves[1 + len(weights) :], []
-        for t in range(5):
-            keep = (resets[t] == 0).to(dtype)[None, :, None]
-            now = [s * keep for s in now]
-            out, now = reference.layer(cell, leaves[0][t : t + 1], None, leaves[1 : 1 + len(weights)], now, 1)
-            outputs.append(out)
-        made = [torch.cat(outputs), *now]
-        grads = torch.autograd.grad(made, leaves, [p.to(dtype) for p in pull])
-        return named([*(t.detach() for t in made), *grads])
-
-    flat = resets.view(1, -1).bool()
-    with planned(schedule), together(schedule, order="lagging"):
-        output, last, saved = layer.forward(cell, x, None, weights, states, 1, 1, flat)
-        needs = (True, [True] * len(weights), [True] * count)
-        of_x, of_weights, of_states = layer.backward(
-            cell, x, None, weights, states, 1, output, saved, pull[0], pull[1:], needs, flat
-        )
-    ours = named([output, *last, of_x, *of_weights, *of_states])
-    result = check(ours, oracle(torch.float32), lambda: oracle(torch.float64))
-    assert result.ok, str(result)
+def test_resets_of_a_projection_a_recomputation_and_a_single_step():
+    module = make("lstm", 5, 17, proj_size=5, bidirectional=True)
+    assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, lengths=[3, 1, 2]))
+    module = make("gru", 5, 17)
+    with fusedrnn.recompute():
+        assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, time=3, batch=3))
+    assert_parity(resetting(module), in_pieces(module), draw(module, 0.5, time=1, batch=5))
 
 
 # ---- the barrier -------------------------------------------------------------------------------

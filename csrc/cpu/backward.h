@@ -1,7 +1,8 @@
 // The backward scan of one direction, for any cell, as one thread of its team runs it.
 //
 // d_state0 and d_state1 start as the gradients of the last states and end as those of the initial
-// ones. They are only touched while a row is active, so rows of any length need no special case.
+// ones. They are only touched while a row is active, so rows of any length need no special case. Before a
+// reset they are zero.
 //
 // The gradients of the gates of a chunk of steps stay in scratch, [rows of the chunk, stride], until
 // products.h has made the gradients of the input and of the weights of them: written to memory for
@@ -37,6 +38,9 @@ struct BackwardScan {
     Span span{};
   };
 
+  // Whether a row's step started from zeros.
+  FUSEDRNN_HD bool is_fresh(int64_t row) const { return d.resets && d.resets[row]; }
+
   // The gradient of the hidden state of (row, b) at units u .. u + n.
   FUSEDRNN_HD V incoming(int64_t row, int64_t b, int64_t u, int n) const {
     const V through_time = load(d.d_state0 + b * P + u, n);
@@ -56,7 +60,7 @@ struct BackwardScan {
   // The gates of one row at one block of units; d_h is the gradient of the unprojected hidden state.
   FUSEDRNN_HD void gates(const Clock& now, const Chunk& c, int64_t b, int64_t u, int n, V d_h) const {
     const int64_t row = now.row + b, slot = row - c.span.row_begin;
-    const bool first = b >= now.previous_active();
+    const bool first = b >= now.previous_active(), fresh = is_fresh(row);
     const int64_t before = now.previous_row() + b;
     V act[G], extra{}, prev[2], d_next[2], d_x[G], d_hg[G], d_prev[2];
     for (int g = 0; g < G; ++g) {
@@ -65,11 +69,13 @@ struct BackwardScan {
     }
     if constexpr (Cell::kExtra != Extra::kNone) extra = load(d.extra + row * H + u, n);
     if constexpr (Cell::kReadsPrev) {
-      prev[0] = first ? load(d.initial0 + b * P + u, n) : load(d.output + before * d.output_stride + u, n);
+      prev[0] = fresh   ? V{}
+                : first ? load(d.initial0 + b * P + u, n)
+                        : load(d.output + before * d.output_stride + u, n);
     }
     if constexpr (Cell::kStates == 2) {
       static_assert(Cell::kExtra == Extra::kState1, "the previous state 1 is read from what was saved");
-      prev[1] = first ? load(d.initial1 + b * H + u, n) : load(d.extra + before * H + u, n);
+      prev[1] = fresh ? V{} : first ? load(d.initial1 + b * H + u, n) : load(d.extra + before * H + u, n);
       d_next[1] = load(d.d_state1 + b * H + u, n);
     }
     d_next[0] = d_h;
@@ -81,20 +87,25 @@ struct BackwardScan {
       }
     }
     if constexpr (Cell::kDirect) store(d.d_state0 + b * P + u, d_prev[0], n);
-    if constexpr (Cell::kStates == 2) store(d.d_state1 + b * H + u, d_prev[1], n);
+    if constexpr (Cell::kStates == 2) store(d.d_state1 + b * H + u, fresh ? V{} : d_prev[1], n);
   }
 
   static FUSEDRNN_HD const F* factors(const S* row) { return reinterpret_cast<const F*>(row); }
 
   // d_state0 (+)= d_h_gates @ weight_hh over the factors of `slab`; the first slab starts from what the
   // cell left there if it has a direct path.
-  FUSEDRNN_HD void through_weights(const S* d_h_gates /*[B, stride]*/, Range slab, int64_t unit_block, int64_t blocks,
-                                   int64_t b0, int64_t rows) const {
+  FUSEDRNN_HD void through_weights(const Clock& now, const S* d_h_gates /*[B, stride]*/, Range slab,
+                                   int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
     const int64_t block = gate_factors * W;
     tile_for<Direct<S>, 1>(rows, blocks)(slab.end - slab.begin, factors(d_h_gates + b0 * stride) + slab.begin, stride / kPer, 1,
                                  d.weight_hh + unit_block * block + slab.begin * W, block, acc);
     store_tile(acc, rows, blocks, unit_block, P, Cell::kDirect || slab.begin > 0, d.d_state0 + b0 * P, P);
+    if (slab.end < gate_factors) return;
+    const int64_t u = unit_block * W, end = smaller(u + blocks * W, P);
+    for (int64_t b = b0; b < b0 + rows; ++b) {
+      if (is_fresh(now.row + b)) __builtin_memset(d.d_state0 + b * P + u, 0, sizeof(T) * (end - u));
+    }
   }
 
   // The whole of a step's gate phase behind a projection.
@@ -142,14 +153,14 @@ struct BackwardScan {
     for_groups(outputs, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
       for_slabs(gate_factors, [&](Range slab) {
         for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {
-          through_weights(d_h_gates, slab, unit_block, blocks, b0, rows);
+          through_weights(now, d_h_gates, slab, unit_block, blocks, b0, rows);
         });
       });
     });
   }
 
   // f(i, pointer) for the rows [begin, end) of N in ascending order: the hidden state that the step of
-  // row begin + i started from.
+  // row begin + i started from, null for zeros.
   template <class Call>
   FUSEDRNN_HD void previous_hidden(Clock at, int64_t begin, int64_t end, Call f) const {
     while (at.row > begin) advance(at, false);
@@ -157,8 +168,9 @@ struct BackwardScan {
     for (int64_t row = begin; row < end; ++row) {
       while (row >= at.row + at.active) advance(at, true);
       const int64_t b = row - at.row;
-      f(row - begin, b >= at.previous_active() ? d.initial0 + b * P
-                                       : d.output + (at.previous_row() + b) * d.output_stride);
+      f(row - begin, is_fresh(row)               ? nullptr
+                     : b >= at.previous_active() ? d.initial0 + b * P
+                                                 : d.output + (at.previous_row() + b) * d.output_stride);
     }
   }
 

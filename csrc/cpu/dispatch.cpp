@@ -147,6 +147,23 @@ void spread(const Acc<S>* from, int64_t rows, int64_t columns, Factor<S>* to, in
   }
 }
 
+// Zeros for the initial states of rows that their first step resets.
+template <class S>
+void reset_initial(const ForwardDirection<S>& d) {
+  if (d.resets == nullptr) return;
+  const Shape& s = d.shape;
+  const auto size = [&](int64_t t) { return t == s.time ? 0 : s.batch_sizes ? s.batch_sizes[t] : s.batch; };
+  int64_t row = 0;
+  for (int64_t t = 0; t < s.time; row += size(t++)) {
+    // Whose first step t is: forward all of step 0, in reverse those that end here.
+    for (int64_t b = d.reverse ? size(t + 1) : t == 0 ? 0 : size(t); b < size(t); ++b) {
+      if (!d.resets[row + b]) continue;
+      std::fill_n(d.state0 + b * s.proj, s.proj, 0);
+      if (d.state1) std::fill_n(d.state1 + b * s.hidden, s.hidden, 0);
+    }
+  }
+}
+
 template <class S>
 const Functions<S>& functions_of(const Kernels& k);
 template <>
@@ -224,6 +241,7 @@ void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, in
   const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) {
     directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
+    reset_initial(directions[d]);
     for (int copy = 0; copy < 2; ++copy) {
       auto* h = reinterpret_cast<Factor<S>*>(directions[d].scratch) + copy * s.batch * stride;
       spread<S>(directions[d].state0, s.batch, s.proj, h, stride);

@@ -2,7 +2,8 @@
 //
 // The hidden state lives in two padded scratch buffers, read from one and written to the other, so
 // that threads which share the units of a step need one barrier a step (two with a projection).
-// Both start as the initial state: a row that has not started reads it from either.
+// Both start as the initial state: a row that has not started reads it from either. What a reset will make
+// zero is stored as zero by the step before it, which costs no barrier.
 //
 // The x_gates of a chunk of steps are made first, each thread those of its own rows and units, so
 // they need no barrier and are read back from the cache: [ceil(H/W), rows of the chunk, G, W].
@@ -119,6 +120,7 @@ struct ForwardScan {
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t b = b0 + r, row = now.row + b;
+        const bool dropped = is_dropped(now, b);
         V x[G], hg[G], prev[2], next[2], act[G], extra;
         for (int g = 0; g < G; ++g) {
           x[g] = load(x_at + (r * G + g) * W);
@@ -132,7 +134,7 @@ struct ForwardScan {
         }
         if constexpr (Cell::kStates == 2) prev[1] = load(d.state1 + b * H + u, n);
         Cell::template forward<V>(x, hg, prev, next, act, extra);
-        if constexpr (Cell::kStates == 2) store(d.state1 + b * H + u, next[1], n);
+        if constexpr (Cell::kStates == 2) store(d.state1 + b * H + u, dropped ? V{} : next[1], n);
         if (Cell::kSavesGates && d.gates) {
           for (int g = 0; g < G; ++g) store(d.gates + row * G * H + g * H + u, act[g], n);
         }
@@ -141,8 +143,7 @@ struct ForwardScan {
           store_factors(raw + b * raw_stride, u, n, next[0]);
           if (d.raw) store(d.raw + row * H + u, next[0], n);
         } else {
-          store_factors(h_new + b * stride, u, n, next[0]);
-          emit(row, b, u, n, ending, next[0]);
+          emit(row, b, u, n, ending, next[0], dropped, h_new);
         }
       }
     }
@@ -154,9 +155,17 @@ struct ForwardScan {
     store(reinterpret_cast<S*>(row) + u, kPer > 1 ? keep_lanes<T>(v, n) : v);
   }
 
-  // A new hidden state leaves for the output, and for the last state where its row ends.
-  FUSEDRNN_HD void emit(int64_t row, int64_t b, int64_t u, int n, int64_t ending, V h) const {
+  // Whether the next step of a row starts from zeros, not from what this one makes.
+  FUSEDRNN_HD bool is_dropped(const Clock& now, int64_t b) const {
+    return d.resets && b < now.next_active() && d.resets[now.next_row() + b];
+  }
+
+  // A new hidden state leaves for the output and the next step, and for the last state where its row ends.
+  FUSEDRNN_HD void emit(int64_t row, int64_t b, int64_t u, int n, int64_t ending, V h, bool dropped,
+                        F* h_new /*[B, stride]*/) const {
     store(d.output + row * d.output_stride + u, h, n);
+    if (dropped) h = V{};
+    store_factors(h_new + b * stride, u, n, h);
     if (kKeepsState0 || b >= ending) store(d.state0 + b * P + u, h, n);
   }
 
@@ -170,8 +179,7 @@ struct ForwardScan {
         const int64_t b = b0 + r, u = (unit_block + j) * W;
         const V h = load(acc + (r * blocks + j) * W);
         const int n = static_cast<int>(smaller(W, P - u));
-        store_factors(h_new + b * stride, u, n, h);
-        emit(now.row + b, b, u, n, ending, h);
+        emit(now.row + b, b, u, n, ending, h, is_dropped(now, b), h_new);
       }
     }
   }

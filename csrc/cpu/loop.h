@@ -87,6 +87,9 @@ struct Clock {
   // Rows that the scan's previous step also had, and the first of its rows.
   FUSEDRNN_HD int64_t previous_active() const { return size(reverse ? t + 1 : t - 1); }
   FUSEDRNN_HD int64_t previous_row() const { return reverse ? row + active : row - size(t - 1); }
+  // The same of the scan's next step.
+  FUSEDRNN_HD int64_t next_active() const { return size(reverse ? t - 1 : t + 1); }
+  FUSEDRNN_HD int64_t next_row() const { return reverse ? row - size(t - 1) : row + active; }
 };
 
 FUSEDRNN_HD Clock clock_at(const Shape& s, bool reverse, bool at_end) {

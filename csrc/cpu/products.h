@@ -1,6 +1,8 @@
 // The products over the rows of a chunk that the backward scan leaves behind, shared by a team.
 #pragma once
 
+#include <type_traits>
+
 #include "loop.h"
 #include "pack.h"
 
@@ -56,7 +58,8 @@ FUSEDRNN_HD void panel_row(Bf16Pair* panel, int64_t row, const float* from, int 
 }
 
 // out [m, n] (+)= a.T @ b for a [count, m] and b [count, n], count at most kSlabRows.
-// for_rows(copy) calls copy(r, row r of b) for each r in ascending order; `pairs` is for the team.
+// for_rows(copy) calls copy(r, row r of b, null for zeros) for each r in ascending order; `pairs` is for
+// the team.
 template <class S, class Call>
 FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m, const S* a, int64_t a_stride,
                                      int64_t n, Factor<S>* pairs, Factor<S>* panel, bool add, Acc<S>* out /*[m, n]*/,
@@ -87,9 +90,10 @@ FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m,
   }
   for_groups(Range{0, ceil_div(n, W)}, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {
     for_rows([&](int64_t r, const auto* from) {
+      static constexpr std::decay_t<decltype(*from)> zeros[W] = {};
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t column = (first_block + j) * W;
-        panel_row(panel + j * factors * W, r, from + column, static_cast<int>(smaller(W, n - column)));
+        panel_row(panel + j * factors * W, r, from ? from + column : zeros, static_cast<int>(smaller(W, n - column)));
       }
     });
     for_each_tile(mine.begin, mine.end, max_rows(4), [&](int64_t i, int64_t rows) {

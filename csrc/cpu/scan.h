@@ -99,6 +99,7 @@ struct ForwardDirection {
   T* gates;                  // [N, G*H] activated gates, null when not saved
   T* extra;                  // [N, H] the cell's extra saved value, null when not saved
   T* raw;                    // [N, H] hidden state before the projection, null when not saved
+  const bool* resets;        // [N] whether the states are zero before a row's step; null when none are
   T* scratch;                // forward_scratch() elements
 };
 
@@ -130,6 +131,7 @@ struct BackwardDirection {
   T* d_bias_ih;              // [G*H]
   T* d_bias_hh;              // [G*H]
   T* d_weight_hr;            // [P, H]
+  const bool* resets;        // [N] or null
   T* scratch;                // backward_scratch() elements
 };
 

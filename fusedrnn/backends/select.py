@@ -29,6 +29,7 @@ class Request(NamedTuple):
     device_type: str
     operation: str = "layer"  # or "attend"
     hidden: int | None = None  # H of a layer: what a GPU must hold; None asks for no size in particular
+    resets: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class use_backend:
 def against(name: str, request: Request) -> str | None:
     """Why a backend cannot run a request; None if it can."""
     if name == "torch":
-        return None
+        return "torch.nn has no resets in mid-sequence" if request.resets else None
     reason = get(name).unavailable()
     if reason is not None:
         return reason

@@ -14,6 +14,7 @@ from ..cells import CELLS
 MODES = ("inference", "training")
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # bytes of a value
 HEADS = 12  # of the layout of that name
+PIECE = 32  # steps, on average
 FILTERS, KERNEL_SIZE = 32, 31  # of the convolution of a location: Tacotron 2's
 _GATE_STEPS, _GATE_WORK = 16, 5e8
 
@@ -49,6 +50,7 @@ class Case:
             input and of every weight.
         layout: dense; ragged (a PackedSequence); bidirectional; projection (P = H / 2); stacked (3 layers);
             deep (4 bidirectional layers); heads (HEADS independent layers, each with sizes I and H);
+            resets (a new piece begins at one step in PIECE; torch.nn gets the pieces as a padded batch);
             step (one step of a stream, state kept: ``fusedrnn.streaming`` against torch.nn called with hx).
         dtype: a key of fusedrnn.parity.DTYPES; of a step what its weights are stored in: fp32, bf16 or int8.
         inputs: I; as many as hidden units if None.

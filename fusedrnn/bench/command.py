@@ -21,7 +21,7 @@ from ..cells import CELLS
 from ..parity import DTYPES, add_device_arguments, no_gpu, tf32
 from . import goals, loaded, memory
 from .attention import compile_missing
-from .cases import MODES, AnyCase, AttentionCase, Case, grid
+from .cases import MODES, PIECE, AnyCase, AttentionCase, Case, grid
 from .ceilings import Limits
 from .device import Device
 from .goals import ATTENTION_GOALS, GOALS, GPU_GOALS
@@ -38,6 +38,7 @@ _LAYOUTS = {
     "bidirectional": "both directions",
     "projection": "LSTM with proj_size = H / 2",
     "stacked": "three layers",
+    "resets": f"a new piece begins at one step in {PIECE}; torch.nn gets the pieces as a padded batch",
 }
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 from ..explain import explain
 from ..parity import DTYPES, make_module
 from ..testing import Parity, draw_inputs, parity, stock
 from .attention import PreparedAttention
-from .cases import HEADS, AnyCase, AttentionCase, Case
+from .cases import HEADS, PIECE, AnyCase, AttentionCase, Case
 from .device import Call, Cpu, Device, in_turn
 from .step import PreparedStep
 
@@ -31,6 +32,37 @@ class Heads(nn.Module):
         """``[T, B, HEADS * I]`` to ``[T, B, HEADS * H]``."""
         parts = input.chunk(len(self.layers), -1)
         return (torch.cat([layer(part)[0] for layer, part in zip(self.layers, parts)], -1),)
+
+
+class Resetting(nn.Module):
+    """A fused layer over sequences of several pieces."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layer = layers[0]
+
+    def forward(self, input: Tensor, resets: Tensor) -> tuple[Tensor]:
+        """``[T, B, I]`` and bool ``[T, B]`` to ``[T, B, H]``."""
+        return (self.layer(input, resets=resets)[0],)
+
+
+class Cutting(Resetting):
+    """torch.nn's: every piece is a row of its own, padded to the longest."""
+
+    def forward(self, input: Tensor, resets: Tensor) -> tuple[Tensor]:
+        time, batch = resets.shape
+        begins = resets.t().clone()
+        begins[:, 0] = True
+        first = begins.flatten().nonzero().flatten()
+        lengths = torch.diff(first, append=first.new_tensor([time * batch]))
+        padded = pad_sequence(input.transpose(0, 1).flatten(0, 1).split(lengths.tolist()))
+        there = torch.arange(padded.shape[0], device=input.device) < lengths[:, None]
+        output = self.layer(padded)[0].transpose(0, 1)[there]
+        return (output.view(batch, time, -1).transpose(0, 1),)
+
+
+# What a layout makes of fused layers and of torch.nn's.
+_WRAPPERS: dict[str, tuple[Any, Any]] = {"heads": (Heads, Heads), "resets": (Resetting, Cutting)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,8 @@ class Prepared:
         for layer in theirs:
             if isinstance(layer, nn.RNNBase):
                 layer.flatten_parameters()  # cuDNN wants it, and copying undoes it
-        fused, twin = (Heads(ls) if case.layout == "heads" else ls[0] for ls in (layers, theirs))
+        ours, own = _WRAPPERS.get(case.layout, (itemgetter(0), itemgetter(0)))
+        fused, twin = ours(layers), own(theirs)
         inputs = _draw(case, layers, 0)
         input = inputs[0]
         data = input.data if isinstance(input, PackedSequence) else input
@@ -79,6 +112,8 @@ class Prepared:
         if isinstance(module, Heads):
             module, inputs = module.layers[0], tuple(x.chunk(HEADS, -1)[0] for x in inputs)
         with self.case.grad_mode():
+            if isinstance(module, Resetting):
+                return explain(module.layer, inputs[0], resets=inputs[1]).backend
             return explain(module, *inputs).backend
 
     def calls(self) -> dict[str, Call]:
@@ -108,11 +143,19 @@ def _draw(case: Case, layers: Sequence[nn.Module], seed: int) -> tuple[Any, ...]
     if case.layout == "heads":
         parts = [draw(layer, seed * HEADS + head)[0] for head, layer in enumerate(layers)]
         return (torch.cat(parts, -1),)
+    if case.layout == "resets":
+        input = draw(layers[0], seed)[0]
+        make = torch.Generator().manual_seed(seed)
+        resets = torch.rand(case.time, case.batch, generator=make) < 1 / PIECE
+        resets[case.time // 2] = True  # also of a gate's few steps
+        return input, resets.to(input.device)
     return draw(layers[0], seed)
 
 
 def _float(tree: Any) -> Any:
-    return tuple(map(_float, tree)) if type(tree) is tuple else tree.float()
+    if type(tree) is tuple:
+        return tuple(map(_float, tree))
+    return tree.float() if tree.is_floating_point() else tree
 
 
 def _inference_call(module: nn.Module, inputs: tuple[Any, ...]) -> Call:

@@ -19,12 +19,12 @@ from . import Grads, lib, second_order, without_autocast
 # [input, *weights, *states], an empty tensor where `needs` is false.
 lib.define(
     "layer(Tensor input, Tensor? batch_sizes, Tensor[] weights, Tensor[] states, str cell,"
-    " int directions, int save, str backend) -> Tensor[]"
+    " int directions, int save, str backend, Tensor? resets) -> Tensor[]"
 )
 lib.define(
     "layer_backward(Tensor? grad_output, Tensor[] grad_last, Tensor input, Tensor? batch_sizes,"
     " Tensor[] weights, Tensor[] states, Tensor output, Tensor[] saved, str cell, int directions,"
-    " str backend, bool[] needs) -> Tensor[]"
+    " str backend, bool[] needs, Tensor? resets) -> Tensor[]"
 )
 
 
@@ -50,6 +50,7 @@ def launch_forward(
     directions: int,
     save: int,
     backend: str,
+    resets: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return select.kernels(backend, "layer").forward(
         cell,
@@ -59,6 +60,7 @@ def launch_forward(
         [s.contiguous() for s in states],
         directions,
         save,
+        None if resets is None else resets.contiguous(),
     )
 
 
@@ -76,6 +78,7 @@ def launch_backward(
     directions: int,
     backend: str,
     needs: Sequence[bool],
+    resets: Tensor | None,
 ) -> Grads:
     grad_input, grad_weights, grad_states = select.kernels(backend, "layer").backward(
         cell,
@@ -89,6 +92,7 @@ def launch_backward(
         _memory(grad_output),
         [_memory(g) for g in grad_last],
         split(needs, len(weights)),
+        None if resets is None else resets.contiguous(),
     )
     return [grad_input, *grad_weights, *grad_states]
 
@@ -102,8 +106,11 @@ def _layer_impl(
     directions: int,
     save: int,
     backend: str,
+    resets: Tensor | None,
 ) -> list[Tensor]:
-    output, last, saved = launch_forward(input, batch_sizes, weights, states, cell, directions, save, backend)
+    output, last, saved = launch_forward(
+        input, batch_sizes, weights, states, cell, directions, save, backend, resets
+    )
     return [output, *last, *saved]
 
 
@@ -120,10 +127,11 @@ def _layer_backward_impl(
     directions: int,
     backend: str,
     needs: list[bool],
+    resets: Tensor | None,
 ) -> list[Tensor]:
     grads = launch_backward(
         grad_output, grad_last, input, batch_sizes, weights, states, output, saved, cell, directions,
-        backend, needs,
+        backend, needs, resets,
     )  # fmt: skip
     return [
         (input.new_empty(0) if not need else torch.zeros_like(like) if grad is None else grad)
@@ -148,6 +156,7 @@ def _layer_fake(
     directions: int,
     save: int,
     backend: str,
+    resets: Tensor | None,
 ) -> list[Tensor]:
     rows = input.shape[:-1]
     proj = len(weights) // directions in (3, 5)
@@ -178,6 +187,7 @@ def _layer_backward_fake(
     directions: int,
     backend: str,
     needs: list[bool],
+    resets: Tensor | None,
 ) -> list[Tensor]:
     return [
         like.new_empty(like.shape) if need else input.new_empty(0)
@@ -189,10 +199,10 @@ def _layer_backward_fake(
 
 
 def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, batch_sizes, weights, states, ctx.cell, ctx.directions, ctx.save, ctx.backend = inputs
+    input, batch_sizes, weights, states, ctx.cell, ctx.directions, ctx.save, ctx.backend, resets = inputs
     ctx.set_materialize_grads(False)
     ctx.counts = len(weights), len(states)
-    ctx.batch_sizes = batch_sizes
+    ctx.batch_sizes, ctx.resets = batch_sizes, resets
     saved = output[1 + len(states) :]
     ctx.save_for_backward(input, *weights, *states, output[0], *saved)
 
@@ -204,17 +214,18 @@ def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     states, output, saved = rest[:n_states], rest[n_states], rest[n_states + 1 :]
     if not ctx.save:  # recorded without gradients in mind: make the saved tensors now
         *_, saved = call_layer(
-            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, EVERYTHING, ctx.backend
-        )
+            input, ctx.batch_sizes, weights, states, ctx.cell, ctx.directions, EVERYTHING, ctx.backend,
+            ctx.resets,
+        )  # fmt: skip
     grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grads[1 : 1 + n_states])]
     needs = _needs(ctx, n_weights, n_states)
     found = torch.ops.fusedrnn.layer_backward(
         grads[0], grad_last, input, ctx.batch_sizes, weights, states, output, saved, ctx.cell,
-        ctx.directions, ctx.backend, needs,
+        ctx.directions, ctx.backend, needs, ctx.resets,
     )  # fmt: skip
     kept = [g if need else None for g, need in zip(found, needs)]
     grad_input, grad_weights, grad_states = split(kept, n_weights)
-    return grad_input, None, grad_weights, grad_states, None, None, None, None
+    return grad_input, None, grad_weights, grad_states, None, None, None, None, None
 
 
 def call_layer(
@@ -226,9 +237,10 @@ def call_layer(
     directions: int,
     save: int,
     backend: str,
+    resets: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     out = torch.ops.fusedrnn.layer(
-        input, batch_sizes, list(weights), list(states), cell, directions, save, backend
+        input, batch_sizes, list(weights), list(states), cell, directions, save, backend, resets
     )
     return out[0], list(out[1 : 1 + len(states)]), list(out[1 + len(states) :])
 
@@ -243,7 +255,7 @@ def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor
     grad_output, grad_last, input, batch_sizes, weights, states = inputs[:6]
     ctx.cell, ctx.directions, ctx.op_needs = inputs[8], inputs[9], inputs[11]
     ctx.set_materialize_grads(False)
-    ctx.batch_sizes = batch_sizes
+    ctx.batch_sizes, ctx.resets = batch_sizes, inputs[12]
     ctx.counts = len(weights), len(states), len(inputs[7])
     ctx.has_grad_output = grad_output is not None
     head = (grad_output,) if grad_output is not None else ()
@@ -259,14 +271,16 @@ def _layer_backward_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any,
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         input, weights, states = split(tensors, n_weights)
-        output, last = reference.layer(ctx.cell, input, ctx.batch_sizes, weights, states, ctx.directions)
+        output, last = reference.layer(
+            ctx.cell, input, ctx.batch_sizes, weights, states, ctx.directions, ctx.resets
+        )
         return (output, *last)
 
     (grad_head, *grad_grad_last), found = second_order(run, [head, *grad_last], tensors, ctx.op_needs, grads)
     grad_input, grad_weights, grad_states = split(found, n_weights)
     return (
         grad_head, grad_grad_last, grad_input, None, grad_weights, grad_states,
-        None, [None] * n_saved, None, None, None, None,
+        None, [None] * n_saved, None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -224,6 +224,7 @@ def forward(
                     gates_at and gates_at + d * rows * gates * hidden * wide,
                     extra_at and extra_at + d * rows * hidden * wide,
                     raw_at and raw_at + d * rows * hidden * wide,
+                    0 if resets is None else resets[d].data_ptr(),
                 )
             )
         _C.forward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
@@ -311,6 +312,7 @@ def backward(
                     d_states[1][d].data_ptr() if spec.states == 2 else 0,
                     0 if d_input is None else d_input[d].data_ptr(),
                     *map(_pointer, d_w),
+                    0 if resets is None else resets[d].data_ptr(),
                 )
             )
         _C.backward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)

@@ -28,6 +28,7 @@ def layer(
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     directions: int,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer, all its directions. Shapes: docs/architecture.md, "The layer".
 
@@ -42,6 +43,7 @@ def layer(
             [w.float() for w in weights],
             [s.float() for s in states],
             directions,
+            resets,
         )
         return output.to(storage), [s.to(storage) for s in last]
 
@@ -53,6 +55,7 @@ def layer(
             batch_sizes,
             weights[d * per_direction : (d + 1) * per_direction],
             [s[d] for s in states],
+            None if resets is None else resets[d],
             reverse=d == 1,
         )
         for d in range(directions)
@@ -68,6 +71,7 @@ def _scan(
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor],
     start: Sequence[Tensor],
+    resets: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     step = CELLS[cell].step
@@ -85,6 +89,7 @@ def _scan(
     else:
         sizes = batch_sizes.tolist()
         xs = x_gates.split(sizes)
+    fresh = None if resets is None else resets[:, None].split(sizes)
 
     # Row b of a ragged batch ends at its own last step. Going forward the batch shrinks and ended
     # rows leave their states behind; in reverse it grows and rows enter with their initial state.
@@ -98,6 +103,8 @@ def _scan(
             states = tuple(s[:size] for s in states)
         elif size > rows:
             states = tuple(torch.cat([s, s0[rows:size]]) for s, s0 in zip(states, start))
+        if fresh is not None:
+            states = tuple(s.masked_fill(fresh[t], 0) for s in states)
         h_gates = states[0] @ weight_hh
         if bias_hh is not None:
             h_gates = h_gates + bias_hh
@@ -120,8 +127,9 @@ def forward(
     states: Sequence[Tensor],
     directions: int,
     save: int,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    output, last = layer(cell, input, batch_sizes, weights, states, directions)
+    output, last = layer(cell, input, batch_sizes, weights, states, directions, resets)
     return output, last, []
 
 
@@ -137,11 +145,12 @@ def backward(
     grad_output: Tensor | None,
     grad_last: Sequence[Tensor | None],
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    resets: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     with autograd_on():
         leaves = [t.detach().requires_grad_() for t in (input, *weights, *states)]
         w, s = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
-        out, last = layer(cell, leaves[0], batch_sizes, w, s, directions)
+        out, last = layer(cell, leaves[0], batch_sizes, w, s, directions, resets)
         pairs = [(o, g) for o, g in zip((out, *last), (grad_output, *grad_last)) if g is not None]
         wanted = [leaf for leaf, need in zip(leaves, (needs[0], *needs[1], *needs[2])) if need]
         grads = iter(

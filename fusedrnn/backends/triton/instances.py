@@ -12,9 +12,10 @@ from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_
 from .cells import CELLS, Cell
 from .scan import ANY, scan_bwd_kernel, scan_fwd_kernel
 from .scores import SCORES
+from .step import activate_kernel, step_fwd_kernel
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
-_HIDDEN = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_HIDDEN = (16, 32, 64, 80, 128, 256, 512, 1024, 2048)
 
 
 class Instance(NamedTuple):
@@ -34,15 +35,19 @@ class Instance(NamedTuple):
 def instances() -> Iterator[Instance]:
     """Each once, but for those whose machine code differs from another's in a type or in an activation.
 
-    What rnn_relu, fp16 and tf32 have of their own shows in one cell or dtype. Ragged input with resets is
-    the larger kernel, dense input the faster one. A smaller GPU picks among the same kernels.
+    Four gates, which need the most registers, come in every dtype and precision; of rnn_tanh and rnn_relu,
+    and of fp16 and bf16 with fewer gates, one shows what both have. Ragged input with resets is the larger
+    kernel, dense input the faster one. Other GPUs pick among the same (tests/test_plans.py).
     """
     yield from _of("lstm", "bf16", "", (False, True))
+    yield from _of("lstm", "fp16", "", (True,))
     yield from _of("lstm", "fp32", "ieee", (True,))
     yield from _of("lstm", "fp32", "tf32", (True,))
     yield from _of("gru", "bf16", "", (True,))
     yield from _of("gru", "fp32", "ieee", (True,))
+    yield from _of("gru", "fp32", "tf32", (True,))
     yield from _of("rnn_tanh", "fp16", "", (True,))
+    yield from _of("rnn_tanh", "fp32", "ieee", (True,))
     yield from _of("rnn_relu", "fp32", "tf32", (True,))
     for score in SCORES:
         for dtype in ("bf16", "fp32"):
@@ -51,27 +56,36 @@ def instances() -> Iterator[Instance]:
 
 def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Iterator[Instance]:
     gates, size = CELLS[cell].gates, _SIZES[dtype]
+    steps = {plan.one_step(batch, size): None for batch in (16, 32)}
     for backward in (False, True):
         plans = {
-            plan.choose(gates, hidden, size, batch, 1, backward, plan.H100): None
+            plan.choose(gates, hidden, size, batch, 1, backward, machine): None
+            for machine in (plan.H100, plan.RTX4090)
             for hidden in _HIDDEN
             for batch in (16, 32)
         }
-        for p in plans:
+        for p in plans | steps:
             for ragged in layouts:
                 yield _instance(cell, dtype, p, precision, ragged, backward)
+    for p in steps:
+        yield _step(cell, dtype, p, precision)
+    if precision == "tf32":  # of what follows none has a product
+        return
+    if CELLS[cell].saved:
+        yield _again(cell, dtype)
 
 
 def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool, backward: bool) -> Instance:
     spec = CELLS[cell]
     pass_ = "backward" if backward else "forward"
     tiles = f"{p.schedule} {p.BB}x{p.BU}x{p.BK}" + (f" held x{p.NK}" if p.hold else "")
-    name = f"{pass_} {cell} {dtype} {precision} {tiles} {'ragged' if ragged else 'dense'}"
+    layout = "ragged" if ragged else "dense"
+    name = f"{pass_} {cell} {dtype} {precision} {tiles} {layout}"
     persistent = p.schedule == "persistent"
     kernel = scan_bwd_kernel if backward else scan_fwd_kernel
     pointers = (_backward if backward else _forward)(spec, f"*{dtype}")
     constants: dict[str, object] = {
-        **(_backward_constants if backward else _forward_constants)(spec),
+        **(_backward_constants(spec) if backward else _forward_constants(spec)),
         "G": spec.gates,
         "S": spec.states,
         "RESETS": ragged,
@@ -101,6 +115,49 @@ def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool,
         persistent,
         precision != "ieee",
     )
+
+
+def _step(cell: str, dtype: str, p: plan.Plan, precision: str) -> Instance:
+    spec = CELLS[cell]
+    names = ["x_ptr", "weight_ih_ptr", "bias_ih_ptr", "h_ptr", "weight_hh_ptr", "bias_hh_ptr", "cell_ptr"]
+    names += ["output_ptr", "last_h_ptr", "last_cell_ptr", "saved_ptr"]
+    keep = spec.states > 1
+    pointers = dict.fromkeys(names, f"*{dtype}") | ({"kept_ptr": "*fp32"} if keep else {})
+    scan = _forward_constants(spec)
+    constants = {name: scan[name] for name in ("ACTIVATE", "UPDATE", "GP", "SAVED", "HAS_BIAS")} | {
+        "G": spec.gates,
+        "S": spec.states,
+        "KEEP": keep,
+        "PRECISION": precision or "ieee",
+        "BB": p.BB,
+        "BU": p.BU,
+        "BK": p.BK,
+    }
+    name = " ".join(f"step {cell} {dtype} {precision} {p.BB}x{p.BU}x{p.BK}".split())
+    signature, constants = _signature(step_fwd_kernel, pointers, constants)
+    return Instance(
+        name,
+        step_fwd_kernel,
+        signature,
+        constants,
+        p.num_warps,
+        p.num_stages,
+        p.maxnreg,
+        False,
+        precision != "ieee",
+    )
+
+
+def _again(cell: str, dtype: str) -> Instance:
+    """Of `recompute`."""
+    spec = CELLS[cell]
+    pointers = dict.fromkeys(("x_gates_ptr", "h_gates_ptr", "saved_ptr"), f"*{dtype}")
+    rows, units = plan.RECOMPUTED
+    constants: dict[str, object] = {"ACTIVATE": spec.activate, "G": spec.gates, "SAVED": spec.saved}
+    constants |= {"BB": rows, "BU": units}
+    signature, constants = _signature(activate_kernel, pointers, constants)
+    name = f"recompute {cell} {dtype}"
+    return Instance(name, activate_kernel, signature, constants, 4, 3, None, False, False)
 
 
 def _forward(cell: Cell, t: str) -> dict[str, str]:
@@ -136,7 +193,6 @@ def _backward_constants(cell: Cell) -> dict[str, object]:
         "SPLIT": cell.split,
         "READS_H": cell.reads_h,
         "HAS_GRAD": True,
-        "RECURRENT": True,
     }
 
 

@@ -41,6 +41,8 @@ class Plan(NamedTuple):
 
 # Without a GPU, under the interpreter or to compile for one: an H100.
 H100 = Machine(sms=132, shared=227 << 10)
+# The least shared memory of all GPUs from compute capability 8.0 on.
+RTX4090 = Machine(sms=128, shared=99 << 10)
 
 
 @cache
@@ -87,6 +89,7 @@ def choose(
     return _stepped(rows, size)._replace(schedule="persistent")
 
 
+RECOMPUTED = 16, 64  # rows and units of a tile of the gates that recompute() makes again
 _UNITS = 16
 # How much of the shared memory may be weights, by the bytes of a value, and how many products a step may
 # unroll, by rows: beyond that, and where fp32 unrolls, the compiler spills (benchmarks/offline).

@@ -83,7 +83,7 @@ def scan_fwd_kernel(
     saved_ptr,  # [D, N, SAVED*H], if SAVE
     cells_ptr,  # [S-1, D, N, H] fp32: the other states, if SAVE
     h_direction, h_row, output_direction, output_row,
-    resets_ptr,  # [N] uint8, if RESETS: the states are zero before these rows
+    resets_ptr,  # [D, N] uint8, if RESETS: the states are zero before these rows
     offsets_ptr,  # [T+1] int64, if RAGGED
     lengths_ptr,  # [B] int64, if RAGGED
     counters_ptr,  # [D, batch tiles] int32, zeros, if PERSISTENT
@@ -124,6 +124,8 @@ def scan_fwd_kernel(
     output_ptr += direction * output_direction
     if SAVE and SAVED > 0:
         saved_ptr += direction * N * SAVED * H
+    if RESETS:
+        resets_ptr += direction * N
     if PERSISTENT:
         counter_ptr = counters_ptr + d * tl.num_programs(1) + tile
 
@@ -267,7 +269,7 @@ def scan_bwd_kernel(
     d_x_gates_ptr,  # [D, N, G*H]
     d_h_gates_ptr,  # [D, N, G*H]; d_x_gates_ptr's memory unless SPLIT
     saved_direction, saved_row, h_direction, h_row, grad_direction, grad_row,
-    resets_ptr,  # [N] uint8, if RESETS
+    resets_ptr,  # [D, N] uint8, if RESETS
     offsets_ptr,  # [T+1] int64, if RAGGED
     lengths_ptr,  # [B] int64, if RAGGED
     counters_ptr,  # [D, batch tiles] int32, zeros, if PERSISTENT
@@ -285,7 +287,6 @@ def scan_bwd_kernel(
     RAGGED: tl.constexpr,
     RESIDENT: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    RECURRENT: tl.constexpr,  # whether what goes through the weights is made here
     HOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     BB: tl.constexpr,
@@ -309,6 +310,8 @@ def scan_bwd_kernel(
     d_h_gates_ptr += direction * N * G * H
     if HAS_GRAD:
         grad_ptr += direction * grad_direction
+    if RESETS:
+        resets_ptr += direction * N
     if PERSISTENT:
         counter_ptr = counters_ptr + d * tl.num_programs(1) + tile
 
@@ -365,7 +368,7 @@ def scan_bwd_kernel(
             c += tl.load(cells0_ptr + plane * B * H + at_start, mask=from_start, other=0).to(tl.float32)
             states += (c,)
         d_h = d_states[0]
-        if RECURRENT and not RESIDENT and i > 0:
+        if not RESIDENT and i > 0:
             if PERSISTENT:
                 wait(counter_ptr, i * tl.num_programs(0))
             d_h = _through_weights(
@@ -399,7 +402,7 @@ def scan_bwd_kernel(
         if PERSISTENT:
             arrive(counter_ptr)
 
-    if RECURRENT and not RESIDENT and first + count > length and first <= length:
+    if not RESIDENT and first + count > length and first <= length:
         if PERSISTENT:
             wait(counter_ptr, length * tl.num_programs(0))
         d_h = _through_weights(

@@ -43,7 +43,7 @@ def backward(
         c.weight_hh, gates, saved.cells, states[-1], h, states[0], grad, d_states, d_x_gates, d_h_gates,
         *gates.stride()[:2], *h.stride()[:2], *(h if grad is None else grad).stride()[:2],
         BACKWARD=cell.backward, SAVED=max(1, cell.saved), SPLIT=cell.split, READS_H=cell.reads_h,
-        HAS_GRAD=grad is not None, RECURRENT=True,
+        HAS_GRAD=grad is not None,
     )  # fmt: skip
 
 
@@ -52,7 +52,8 @@ def gates_again(c: Call, states: Sequence[Tensor], output: Tensor) -> Tensor:
     cell = CELLS[c.name]
     found = c.x.new_empty((c.directions, c.rows, cell.saved * c.hidden))
     x_gates, h_gates = c.x.new_empty((2, c.rows, cell.gates * c.hidden))
-    grid = (-(-c.rows // 16), -(-c.hidden // 64))
+    rows, units = plan.RECOMPUTED
+    grid = (-(-c.rows // rows), -(-c.hidden // units))
     for d, w in enumerate(c.weights):
         project_input(c, d, x_gates)
         torch.mm(before(c, d, states[0][d], output[d]), w["hh"].t(), out=h_gates)
@@ -60,7 +61,7 @@ def gates_again(c: Call, states: Sequence[Tensor], output: Tensor) -> Tensor:
             h_gates += w["bias_hh"]
         activate_kernel[grid](
             x_gates, h_gates, found[d], c.rows, c.hidden,
-            ACTIVATE=cell.activate, G=cell.gates, SAVED=cell.saved, BB=16, BU=64,
+            ACTIVATE=cell.activate, G=cell.gates, SAVED=cell.saved, BB=rows, BU=units,
         )  # fmt: skip
     return found
 

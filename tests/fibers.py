@@ -1,7 +1,7 @@
 """csrc/cuda on a CPU: the kernels' own sources, compiled by g++ over fibers, behind Triton's layer.
 
 The products around the scan, the shapes and what is saved are Triton's: `on_fibers` sends the launches of its
-two scan kernels here. What the emulation shows and what not: csrc/cuda/fibers.h.
+two scan kernels here. What the emulation shows and what not: csrc/cuda/{fibers,emulation}.h.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ template <class S>
 class Cta {
  public:
   static constexpr Together kTogether = Together::kNone;
-  static constexpr int kMost = 4, kRegisters = 116;
+  static constexpr int kMost = 4, kRegisters = 112;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 
@@ -95,7 +95,7 @@ template <class S>
 class Grid {
  public:
   static constexpr Together kTogether = Together::kGrid;
-  static constexpr int kMost = 2, kRegisters = 148;
+  static constexpr int kMost = 2, kRegisters = 144;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 
@@ -141,7 +141,7 @@ template <class S>
 class Cluster {
  public:
   static constexpr Together kTogether = Together::kCluster;
-  static constexpr int kMost = 2, kRegisters = 148;
+  static constexpr int kMost = 2, kRegisters = 144;
 
   static __device__ __host__ int bytes(const Tile& tile) { return 2 * tile.vector_bytes() + 2 * sizeof(Arrivals); }
 
@@ -200,7 +200,9 @@ class Cluster {
 
  private:
   // Of a gate in a vector.
-  __device__ __forceinline__ int columns() const { return tile_.gate_chunks * kChunkBytes / static_cast<int>(sizeof(S)); }
+  __device__ __forceinline__ int columns() const {
+    return tile_.gate_chunks * kChunkBytes / static_cast<int>(sizeof(S));
+  }
   __device__ __forceinline__ unsigned char* buffer(int64_t i) const {
     return vectors_ + (planted(Race::kOneBuffer) ? 0 : i % 2 * tile_.vector_bytes());
   }

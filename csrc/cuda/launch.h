@@ -114,7 +114,7 @@ template <class Cell>
 int forward(const FusedrnnCudaForward& a, intptr_t stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return forward_as<Cell, Strict>(a, stream);
-    case kFusedrnnCudaTf32: return forward_as<Cell, Tf32>(a, stream);
+    case kFusedrnnCudaTf32: return forward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return forward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return forward_as<Cell, Matrix<Half>>(a, stream);
   }
@@ -125,7 +125,7 @@ template <class Cell>
 int backward(const FusedrnnCudaBackward& a, intptr_t stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return backward_as<Cell, Strict>(a, stream);
-    case kFusedrnnCudaTf32: return backward_as<Cell, Tf32>(a, stream);
+    case kFusedrnnCudaTf32: return backward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return backward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return backward_as<Cell, Matrix<Half>>(a, stream);
   }

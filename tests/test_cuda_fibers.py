@@ -9,7 +9,7 @@ import fusedrnn
 from fusedrnn.backends import select
 from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import check
-from fusedrnn.testing import assert_parity, draw_inputs
+from fusedrnn.testing import assert_parity, draw_inputs, stock
 
 pytest.importorskip("triton")
 pytest.importorskip("greenlet")
@@ -143,6 +143,25 @@ def test_resets(cell, schedule):
         )
     ours = named([output, *last, of_x, *of_weights, *of_states])
     result = check(ours, oracle(torch.float32), lambda: oracle(torch.float64))
+    assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients_of_the_last_states_alone(schedule):
+    module = make("lstm", 5, 17)
+    x = torch.randn(4, 3, 5)
+
+    def run(module, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        _, last = module(leaf)
+        return {"x": torch.autograd.grad(last[0].sum() + last[1].sum(), leaf)[0]}
+
+    with on_fibers(schedule):
+        ours = run(module, torch.float32)
+    with fusedrnn.use_backend("torch"):
+        result = check(
+            ours, run(stock(module), torch.float32), lambda: run(stock(module).double(), torch.float64)
+        )
     assert result.ok, str(result)
 
 

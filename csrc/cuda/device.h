@@ -110,15 +110,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory past L1, zeros without a source. They are there after copies_wait()
-// for the thread that asked for them.
-__device__ __forceinline__ void copy_async(void* shared, const void* global /*or null*/) {
-  const int bytes = global == nullptr ? 0 : 16;
-  const void* from = global == nullptr ? shared : global;  // not read
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(from), "r"(bytes)
-               : "memory");
+// 16 bytes from global to shared memory past L1. They are there after copies_wait() for the thread that asked.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -138,7 +132,7 @@ __device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
 
 __device__ __forceinline__ void cluster_sync() {
 #if FUSEDRNN_ARCH >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -135,11 +135,7 @@ inline void copy_async(void* shared, const void* global) {
 inline void copies_wait() {
   yield();
   for (const Copy& copy : launched->current->copies) {
-    if (copy.from == nullptr) {
-      memset(copy.to, 0, 16);
-    } else {
-      memcpy(copy.to, copy.from, 16);
-    }
+    memcpy(copy.to, copy.from, 16);
   }
   launched->current->copies.clear();
 }

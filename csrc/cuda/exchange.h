@@ -35,10 +35,11 @@ __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source sour
       unsigned char* to = vectors + row * tile.row_bytes() + chunk * kChunkBytes + lane() % 4 * 16;
       const int gate = chunk / tile.gate_chunks;
       const int k = ((chunk - gate * tile.gate_chunks) * 4 + lane() % 4) * kPer;
-      const bool any = from != nullptr && k < hidden;
-      const S* piece = from + static_cast<int64_t>(gate) * hidden + k;
-      if (aligned || !any) {
-        copy_async(to, any ? piece : nullptr);
+      const S* piece = from + int64_t{gate} * hidden + k;
+      if (from == nullptr || k >= hidden) {
+        *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
+      } else if (aligned) {
+        copy_async(to, piece);
       } else {
         S values[kPer] = {};
 #pragma unroll
@@ -172,6 +173,7 @@ class Cluster {
     }
     finish(i);
     if (threadIdx.x == 0) arrivals_expect(arrivals(i), step_bytes_);
+    warp_sync();  // matrix instructions are the whole warp's
   }
 
   __device__ __forceinline__ void publish(int64_t i, int row, int gate, int unit, S value) {

@@ -172,6 +172,14 @@ inline std::unique_ptr<char[]>& stack(size_t number) {
   return stacks[number];
 }
 
+__attribute__((noinline)) inline void make_context(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = stack(fiber.number).get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_body, 0);
+}
+
 // Whether all of it came to an end.
 inline bool run(dim3 grid, int threads, int shared, std::function<void()> body) {
   Launch state;
@@ -194,11 +202,7 @@ inline bool run(dim3 grid, int threads, int shared, std::function<void()> body) 
       fiber.thread = dim3(j, 0, 0);
       fiber.block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       fiber.of = &of[i];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stack(fiber.number).get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, run_body, 0);
+      make_context(fiber);
       make_ready(&fiber);
     }
   }

@@ -26,7 +26,7 @@ __device__ __forceinline__ uint4 load_piece(const unsigned char* from) { return 
 // How 64 bytes of k are multiplied: sums[g] += weights[2 g] and weights[2 g + 1], the lane's pieces of two rows,
 // by a chunk of 8 rows of the batch. Sum is a tile of 16 x 8; finish() leaves the lane with its part of an
 // instruction's result: rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1. Of registers it takes
-// kSumRegisters a sum, and kInFlight for what the compiler loads ahead.
+// kSumRegisters a sum, and kInFlight, shared out over the groups, for what the compiler loads ahead.
 
 // By the instructions for matrices. Factors in fp32 are rounded to tf32, to nearest: the instruction would cut.
 template <class S>
@@ -61,7 +61,7 @@ struct Matrix {
 struct Strict {
   using Storage = float;
   using Sum = float[2 * kColumns];
-  static constexpr int kSumRegisters = 2 * kColumns, kInFlight = 16;
+  static constexpr int kSumRegisters = 2 * kColumns, kInFlight = 32;
 
   static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
   static __device__ __forceinline__ float number(uint32_t bits) {
@@ -137,7 +137,8 @@ class Weights {
  public:
   using S = typename P::Storage;
   static constexpr int kPieces = 2 * kGroups;  // of a chunk
-  static constexpr int kRegisterChunks = (kRegisters - P::kInFlight - P::kSumRegisters * kGroups) / (4 * kPieces);
+  static constexpr int kRegisterChunks =
+      (kRegisters - P::kInFlight / kGroups - P::kSumRegisters * kGroups) / (4 * kPieces);
 
   __device__ __forceinline__ Weights(const Tile& tile, const uint4* weight /*[kGroups, hidden, gates of K, pieces]*/,
                                      int64_t hidden, int pieces, uint4* shared)

@@ -1,7 +1,7 @@
 """csrc/cuda on a CPU: the kernels' own sources, compiled by g++ over fibers, in place of `_C.cuda`.
 
 `on_fibers` sends CPU tensors on the native backend the way of CUDA tensors. What the emulation shows and what
-not: csrc/cuda/fibers.h.
+not: csrc/cuda/{fibers,emulation}.h.
 """
 
 from __future__ import annotations

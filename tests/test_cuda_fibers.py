@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends.native import layer
-from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import check
 from fusedrnn.cells import CELLS as STEPS
 from fusedrnn.testing import assert_parity, draw_inputs
@@ -15,6 +13,7 @@ from fusedrnn.testing import assert_parity, draw_inputs
 fibers = pytest.importorskip("fibers")
 from fibers import ORDERS, RACES, SCHEDULES, ScanError, on_fibers  # noqa: E402
 from gpu_layers import CELLS, DTYPES, make  # noqa: E402
+from pieces import draw, in_pieces, resetting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(fibers.missing() is not None, reason=fibers.missing() or "")
 
@@ -79,44 +78,12 @@ def test_in_any_order(schedule, order):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_resets(cell, schedule):
-    """A state that is zeroed in mid-sequence, against the same sequence in calls of the reference."""
-    module = make(cell, 5, 17)
-    weights = [p.detach() for p in module.parameters()]
-    count = len(STEPS[cell].states)
-    x = torch.randn(5, 3, 5)
-    states = [torch.randn(1, 3, 17) for _ in range(count)]
-    resets = torch.zeros(5, 3, dtype=torch.uint8)
-    resets[0, 1] = resets[2] = resets[4, 0] = 1
-    pull = [torch.randint(-4, 5, (5, 3, 17)).float()]
-    pull += [torch.randint(-4, 5, s.shape).float() for s in states]
-
-    def named(tensors):
-        return dict(zip(["output", "last_h", "last_c"][: 1 + count], tensors)) | {
-            f"grad {i}": g for i, g in enumerate(tensors[1 + count :])
-        }
-
-    def oracle(dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, *weights, *states)]
-        now, outputs = leaves[1 + len(weights) :], []
-        for t in range(5):
-            keep = (resets[t] == 0).to(dtype)[None, :, None]
-            now = [s * keep for s in now]
-            out, now = reference.layer(cell, leaves[0][t : t + 1], None, leaves[1 : 1 + len(weights)], now, 1)
-            outputs.append(out)
-        made = [torch.cat(outputs), *now]
-        grads = torch.autograd.grad(made, leaves, [p.to(dtype) for p in pull])
-        return named([*(t.detach() for t in made), *grads])
-
-    flat = resets.view(1, -1).bool()
-    with on_fibers(schedule, order="lagging"):
-        output, last, saved = layer.forward(cell, x, None, weights, states, 1, 1, flat)
-        needs = (True, [True] * len(weights), [True] * count)
-        of_x, of_weights, of_states = layer.backward(
-            cell, x, None, weights, states, 1, output, saved, pull[0], pull[1:], needs, flat
-        )
-    ours = named([output, *last, of_x, *of_weights, *of_states])
-    result = check(ours, oracle(torch.float32), lambda: oracle(torch.float64))
-    assert result.ok, str(result)
+    """States that are zeroed in mid-sequence, against the pieces run one by one."""
+    for lengths in (None, [3, 1, 2]):
+        module = make(cell, 5, 17, bidirectional=lengths is not None)
+        inputs = draw(module, 0.4, time=3, batch=2, lengths=lengths)
+        with on_fibers(schedule, order="lagging"):
+            assert_parity(resetting(module), in_pieces(module), inputs)
 
 
 def to_tf32(x):

@@ -23,6 +23,7 @@ fibers = pytest.importorskip("fibers")
 import gpu_layers  # noqa: E402
 from fibers import on_fibers  # noqa: E402
 from gpu_layers import CELLS, DTYPES, make  # noqa: E402
+from pieces import draw, in_pieces, resetting  # noqa: E402
 
 ON_GPU = torch.cuda.is_available() and cuda.kernels is not None and cuda.kernels.missing is None
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -102,6 +103,17 @@ def test_recompute(cell, ran):
 
 
 @needs_kernels
+def test_resets(ran):
+    """Of a projection, of a recomputation, of a single step; each schedule: test_cuda_fibers.py."""
+    module = make("lstm", 5, 17, device=DEVICE, proj_size=5, bidirectional=True)
+    assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, lengths=[3, 1, 2]))
+    module = make("gru", 5, 17, device=DEVICE)
+    with fusedrnn.recompute():
+        assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, time=3, batch=3))
+    assert_parity(resetting(module), in_pieces(module), draw(module, 0.5, time=1, batch=5))
+
+
+@needs_kernels
 def test_weights_anywhere_in_memory(ran):
     """Kernels read 16 bytes at a time."""
     module = make("gru", 3, 16, device=DEVICE)
@@ -131,7 +143,7 @@ def test_compiled_graphs_know_what_is_saved(ran):
     module = make("lstm", 3, 5)
     weights = [p.detach() for p in module.parameters()]
     states = [torch.zeros(1, 2, 5) for _ in range(2)]
-    arguments = (torch.randn(4, 2, 3), None, weights, states, "lstm", 1, saving.EVERYTHING, "native")
+    arguments = (torch.randn(4, 2, 3), None, weights, states, "lstm", 1, saving.EVERYTHING, "native", None)
     torch.library.opcheck(torch.ops.fusedrnn.layer, arguments, test_utils="test_faketensor")
 
 

@@ -34,9 +34,10 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
 
   unsigned char* shared = dynamic_shared();
   float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
+  uint4* held = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(1));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
-  const Weights<P, 1, Exchange<S>::kRegisters> weights(tile, static_cast<const uint4*>(a.weight) + direction * H * G * pieces, H, pieces,
-                              reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(1)));
+  const uint4* weight = static_cast<const uint4*>(a.weight) + direction * H * G * pieces;
+  const Weights<P, 1, Exchange<S>::kRegisters> weights(tile, weight, H, pieces, held);
   Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
   if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 0);

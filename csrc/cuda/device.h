@@ -1,12 +1,18 @@
 // The seam between the kernels and the machine: everything that a kernel asks of a GPU beyond C++.
 //
-// nvcc sees the instructions; with FUSEDRNN_FIBERS g++ sees their emulation (fibers.h), so that the same
+// nvcc sees the instructions; with FUSEDRNN_FIBERS g++ sees their emulation (emulation.h), so that the same
 // sources run and race on a CPU. Kernels use nothing of CUDA but what is declared here, threadIdx, blockIdx,
 // gridDim and __syncthreads.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+
+#if defined(FUSEDRNN_FIBERS)
+#include "fibers.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
 namespace fusedrnn::cuda {
 
@@ -16,14 +22,24 @@ enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier, kOneBuffer };
 // Which blocks of a launch have to run at once: none, all of it, or those of a row of the grid.
 enum class Together { kNone, kGrid, kCluster };
 
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that a block can have
+  int capability;    // 90 is sm_90
+};
+
+struct Config {
+  dim3 grid;
+  int threads, shared;
+  Together together;
+  intptr_t stream;
+};
 
 }  // namespace fusedrnn::cuda
 
 #if defined(FUSEDRNN_FIBERS)
-#include "fibers.h"
+#include "emulation.h"
 #else
-
-#include <cuda_runtime.h>
 
 // What host code compiles as if it were for a GPU that has everything.
 #if defined(__CUDA_ARCH__)
@@ -94,15 +110,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes from global to shared memory past L1, zeros without a source. They are there after copies_wait()
-// for the thread that asked for them.
-__device__ __forceinline__ void copy_async(void* shared, const void* global /*or null*/) {
-  const int bytes = global == nullptr ? 0 : 16;
-  const void* from = global == nullptr ? shared : global;  // not read
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(shared)),
-               "l"(from), "r"(bytes)
-               : "memory");
+// 16 bytes from global to shared memory past L1. They are there after copies_wait() for the thread that asked.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -122,7 +132,7 @@ __device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
 
 __device__ __forceinline__ void cluster_sync() {
 #if FUSEDRNN_ARCH >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -194,12 +204,6 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
 
 // ---- host ----------------------------------------------------------------------------------------------------
 
-struct Device {
-  int multiprocessors;
-  int shared_bytes;  // that a block can have
-  int capability;    // 90 is sm_90
-};
-
 inline int device(Device& found) {
   int id, major, minor;
   if (int error = cudaGetDevice(&id)) return error;
@@ -212,13 +216,6 @@ inline int device(Device& found) {
   found.capability = 10 * major + minor;
   return 0;
 }
-
-struct Config {
-  dim3 grid;
-  int threads, shared;
-  Together together;
-  intptr_t stream;
-};
 
 struct Attributes {
   cudaLaunchConfig_t config{};

@@ -35,10 +35,11 @@ __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source sour
       unsigned char* to = vectors + row * tile.row_bytes() + chunk * kChunkBytes + lane() % 4 * 16;
       const int gate = chunk / tile.gate_chunks;
       const int k = ((chunk - gate * tile.gate_chunks) * 4 + lane() % 4) * kPer;
-      const bool any = from != nullptr && k < hidden;
-      const S* piece = from + static_cast<int64_t>(gate) * hidden + k;
-      if (aligned || !any) {
-        copy_async(to, any ? piece : nullptr);
+      const S* piece = from + int64_t{gate} * hidden + k;
+      if (from == nullptr || k >= hidden) {
+        *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
+      } else if (aligned) {
+        copy_async(to, piece);
       } else {
         S values[kPer] = {};
 #pragma unroll
@@ -57,7 +58,7 @@ template <class S>
 class Cta {
  public:
   static constexpr Together kTogether = Together::kNone;
-  static constexpr int kMost = 4, kRegisters = 116;
+  static constexpr int kMost = 4, kRegisters = 112;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 
@@ -95,7 +96,7 @@ template <class S>
 class Grid {
  public:
   static constexpr Together kTogether = Together::kGrid;
-  static constexpr int kMost = 2, kRegisters = 148;
+  static constexpr int kMost = 2, kRegisters = 144;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 
@@ -141,7 +142,7 @@ template <class S>
 class Cluster {
  public:
   static constexpr Together kTogether = Together::kCluster;
-  static constexpr int kMost = 2, kRegisters = 148;
+  static constexpr int kMost = 2, kRegisters = 144;
 
   static __device__ __host__ int bytes(const Tile& tile) { return 2 * tile.vector_bytes() + 2 * sizeof(Arrivals); }
 
@@ -172,6 +173,7 @@ class Cluster {
     }
     finish(i);
     if (threadIdx.x == 0) arrivals_expect(arrivals(i), step_bytes_);
+    warp_sync();  // matrix instructions are the whole warp's
   }
 
   __device__ __forceinline__ void publish(int64_t i, int row, int gate, int unit, S value) {
@@ -200,7 +202,9 @@ class Cluster {
 
  private:
   // Of a gate in a vector.
-  __device__ __forceinline__ int columns() const { return tile_.gate_chunks * kChunkBytes / static_cast<int>(sizeof(S)); }
+  __device__ __forceinline__ int columns() const {
+    return tile_.gate_chunks * kChunkBytes / static_cast<int>(sizeof(S));
+  }
   __device__ __forceinline__ unsigned char* buffer(int64_t i) const {
     return vectors_ + (planted(Race::kOneBuffer) ? 0 : i % 2 * tile_.vector_bytes());
   }

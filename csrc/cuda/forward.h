@@ -28,7 +28,7 @@ template <class Cell, class P, template <class> class Exchange>
 __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const FusedrnnCudaForward a, const Tile tile) {
   using S = typename P::Storage;
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
-  constexpr bool kDeferred = Exchange<S>::kTogether != Together::kNone;
+  constexpr bool kDeferred = Exchange<S>::kTogether == Together::kGrid;
   if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
   const int64_t H = a.hidden, direction = tile.direction();
   const int first_row = tile.first_row();
@@ -42,9 +42,10 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 
   unsigned char* shared = dynamic_shared();
   float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
+  uint4* held = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(G));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
-  const Weights<P, G, Exchange<S>::kRegisters> weights(tile, static_cast<const uint4*>(a.weight) + direction * G * H * pieces, H, pieces,
-                              reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(G)));
+  const uint4* weight = static_cast<const uint4*>(a.weight) + direction * G * H * pieces;
+  const Weights<P, G, Exchange<S>::kRegisters> weights(tile, weight, H, pieces, held);
   Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
   if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 1);
@@ -119,10 +120,10 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 #pragma unroll
         for (int s = 0; s < kStates; ++s) states[e][s] = made[s];
         output[(now.first + own.sequence(e)) * a.output_row + own.unit] = from_float<S>(made[0]);
-        if (!kDeferred) save(e);
       }
       // A row that does not run yet goes on from where it starts.
       exchange.publish(i, own.row(e), 0, own.unit, from_float<S>(next_reset >> e & 1 ? 0.0f : states[e][0]));
+      if (!kDeferred && own.runs(e, now)) save(e);
     }
     exchange.sent();
 

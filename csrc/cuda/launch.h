@@ -86,7 +86,8 @@ int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, con
   Plan found{};
   int64_t batch = a.batch;
   int directions = a.directions;
-  for (bool fit = false; !fit;) {
+  for (;;) {
+    bool fit = false;
     if (choose<P, kGroups, E>(a.hidden, gates_of_k, batch, directions, on, found)) {
       if (int error = fits(kernel, {found.grid, kThreads, found.shared, E::kTogether, 0}, on, fit)) return error;
     }
@@ -140,7 +141,7 @@ template <class Cell>
 int forward(const FusedrnnCudaForward& a, const intptr_t* stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return forward_as<Cell, Strict>(a, stream);
-    case kFusedrnnCudaTf32: return forward_as<Cell, Tf32>(a, stream);
+    case kFusedrnnCudaTf32: return forward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return forward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return forward_as<Cell, Matrix<Half>>(a, stream);
   }
@@ -151,7 +152,7 @@ template <class Cell>
 int backward(const FusedrnnCudaBackward& a, const intptr_t* stream) {
   switch (a.storage) {
     case kFusedrnnCudaFp32: return backward_as<Cell, Strict>(a, stream);
-    case kFusedrnnCudaTf32: return backward_as<Cell, Tf32>(a, stream);
+    case kFusedrnnCudaTf32: return backward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return backward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return backward_as<Cell, Matrix<Half>>(a, stream);
   }

@@ -23,38 +23,36 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 __device__ __forceinline__ uint4 load_piece(const unsigned char* from) { return *reinterpret_cast<const uint4*>(from); }
 
-// How 64 bytes of k are multiplied. Sum is a tile of 16 x 8; finish() leaves the lane with its part of an
-// instruction's result: rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1.
+// How 64 bytes of k are multiplied: sums[g] += weights[2 g] and weights[2 g + 1], the lane's pieces of two rows,
+// by a chunk of 8 rows of the batch. Sum is a tile of 16 x 8; finish() leaves the lane with its part of an
+// instruction's result: rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1. Of registers it takes
+// kSumRegisters a sum, and kInFlight, shared out over the groups, for what the compiler loads ahead.
 
+// By the instructions for matrices. Factors in fp32 are rounded to tf32, to nearest: the instruction would cut.
 template <class S>
 struct Matrix {
   using Storage = S;
   using Sum = float[4];
-  static constexpr int kSumRegisters = 4, kColumnRegisters = 4;
+  static constexpr int kSumRegisters = 4, kInFlight = 0;
 
-  struct Column {
-    uint4 piece;
-  };
-  static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
-  static __device__ __forceinline__ Column column(const unsigned char* chunk /*[8, stride]*/, int stride) {
-    return {load_piece(chunk + lane() / 4 * stride + lane() % 4 * 16)};
-  }
-  static __device__ __forceinline__ void add(Sum& sum, uint4 low, uint4 high, const Column& column) {
-    mma<S>(sum, {low.x, high.x, low.y, high.y}, {column.piece.x, column.piece.y});
-    mma<S>(sum, {low.z, high.z, low.w, high.w}, {column.piece.z, column.piece.w});
-  }
-  static __device__ __forceinline__ void finish(const Sum& sum, float (&result)[4]) {
-    for (int i = 0; i < 4; ++i) result[i] = sum[i];
-  }
-};
-
-// fp32 whose factors are rounded to tf32, to nearest: the instruction itself would cut.
-struct Tf32 : Matrix<float> {
   static __device__ __forceinline__ uint4 prepare(uint4 piece) {
+    if constexpr (sizeof(S) == 2) return piece;
     return {to_tf32(piece.x), to_tf32(piece.y), to_tf32(piece.z), to_tf32(piece.w)};
   }
-  static __device__ __forceinline__ Column column(const unsigned char* chunk, int stride) {
-    return {prepare(Matrix<float>::column(chunk, stride).piece)};
+  template <int kGroups>
+  static __device__ __forceinline__ void add(Sum (&sums)[kGroups], const uint4 (&weights)[2 * kGroups],
+                                             const unsigned char* chunk /*[8, stride]*/, int stride) {
+    const uint4 v = prepare(load_piece(chunk + lane() / 4 * stride + lane() % 4 * 16));
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint4 low = weights[2 * g], high = weights[2 * g + 1];
+      mma<S>(sums[g], {low.x, high.x, low.y, high.y}, {v.x, v.y});
+      mma<S>(sums[g], {low.z, high.z, low.w, high.w}, {v.z, v.w});
+    }
+  }
+  static __device__ __forceinline__ void finish(const Sum& sum, float (&result)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[i] = sum[i];
   }
 };
 
@@ -63,18 +61,9 @@ struct Tf32 : Matrix<float> {
 struct Strict {
   using Storage = float;
   using Sum = float[2 * kColumns];
-  static constexpr int kSumRegisters = 2 * kColumns, kColumnRegisters = 2 * kColumns;
+  static constexpr int kSumRegisters = 2 * kColumns, kInFlight = 32;
 
-  struct Column {
-    uint4 pieces[kColumns];
-  };
   static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
-  static __device__ __forceinline__ Column column(const unsigned char* chunk, int stride) {
-    Column found;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) found.pieces[n] = load_piece(chunk + n * stride + lane() % 4 * 16);
-    return found;
-  }
   static __device__ __forceinline__ float number(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -86,11 +75,17 @@ struct Strict {
     sum = fmaf(number(a.z), number(b.z), sum);
     return fmaf(number(a.w), number(b.w), sum);
   }
-  static __device__ __forceinline__ void add(Sum& sum, uint4 low, uint4 high, const Column& column) {
+  template <int kGroups>
+  static __device__ __forceinline__ void add(Sum (&sums)[kGroups], const uint4 (&weights)[2 * kGroups],
+                                             const unsigned char* chunk /*[8, stride]*/, int stride) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      sum[n] = dot(sum[n], low, column.pieces[n]);
-      sum[kColumns + n] = dot(sum[kColumns + n], high, column.pieces[n]);
+      const uint4 v = load_piece(chunk + n * stride + lane() % 4 * 16);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        sums[g][n] = dot(sums[g][n], weights[2 * g], v);
+        sums[g][kColumns + n] = dot(sums[g][kColumns + n], weights[2 * g + 1], v);
+      }
     }
   }
   // Halves what a lane has to say twice: it keeps the columns whose bit is its own and gives the others away.
@@ -146,7 +141,7 @@ class Weights {
   using S = typename P::Storage;
   static constexpr int kPieces = 2 * kGroups;  // of a chunk
   static constexpr int kRegisterChunks =
-      (kRegisters - P::kSumRegisters * kGroups - P::kColumnRegisters) / (4 * kPieces);
+      (kRegisters - P::kInFlight / kGroups - P::kSumRegisters * kGroups) / (4 * kPieces);
 
   __device__ __forceinline__ Weights(const Tile& tile, const uint4* weight /*[kGroups, hidden, gates of K, pieces]*/,
                                      int64_t hidden, int pieces, uint4* shared)
@@ -179,20 +174,15 @@ class Weights {
     vectors += first_ * kChunkBytes;
 #pragma unroll
     for (int c = 0; c < kRegisterChunks; ++c) {
-      if (c < count_) {
-        const auto column = P::column(vectors + c * kChunkBytes, row_bytes);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) P::add(sums[g], held_[c][2 * g], held_[c][2 * g + 1], column);
-      }
+      if (c < count_) P::template add<kGroups>(sums, held_[c], vectors + c * kChunkBytes, row_bytes);
     }
     const uint4* from = shared_;
 #pragma unroll 1
     for (int c = kRegisterChunks; c < count_; ++c, from += kPieces * kThreads) {
-      const auto column = P::column(vectors + c * kChunkBytes, row_bytes);
+      uint4 pieces[kPieces];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        P::add(sums[g], from[2 * g * kThreads], from[(2 * g + 1) * kThreads], column);
-      }
+      for (int p = 0; p < kPieces; ++p) pieces[p] = from[p * kThreads];
+      P::template add<kGroups>(sums, pieces, vectors + c * kChunkBytes, row_bytes);
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) P::finish(sums[g], result[g]);

@@ -11,7 +11,8 @@ constexpr int64_t kMostHidden = 1 << 20, kMostBatch = 1 << 30;
 template <class Arguments>
 bool valid(const Arguments& a) {
   const bool ragged = a.offsets != nullptr;
-  return a.time >= 0 && a.batch >= 1 && a.batch <= kMostBatch && a.hidden >= 1 && a.hidden <= kMostHidden && a.rows >= 0 &&
+  return a.time >= 0 && a.batch >= 1 && a.batch <= kMostBatch && a.hidden >= 1 && a.hidden <= kMostHidden &&
+         a.rows >= 0 &&
          (a.directions == 1 || a.directions == 2) && ragged == (a.lengths != nullptr) &&
          (a.schedule != kFusedrnnCudaGrid || a.counters != nullptr);
 }
@@ -74,6 +75,6 @@ int fusedrnn_cuda_scan_fits(int32_t cell, int32_t storage, int32_t schedule, int
 // The machine of the launches that follow.
 extern "C" FUSEDRNN_EXPORT void fusedrnn_fibers_machine(int order, unsigned seed, int multiprocessors,
                                                         int shared_bytes, int race) {
-  machine = {static_cast<Order>(order), seed, multiprocessors, shared_bytes, static_cast<Race>(race)};
+  machine = {static_cast<Order>(order), seed, multiprocessors, shared_bytes, race};
 }
 #endif

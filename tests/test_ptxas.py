@@ -121,6 +121,12 @@ def test_products_that_should_be_matrix_instructions_are_known_by_name(name: str
     assert problems == [f"{name} sm_80: has no matrix instruction, its products are 99 FFMA"] * wanted
 
 
+def test_what_needs_clusters_is_empty_before_sm_90() -> None:
+    kernels = made(**{"k<Matrix<Bf16>, Cluster>": GOOD._replace(matrix={})})
+    assert judge({("a.cu", 80): kernels}, "")[1] == []
+    assert len(judge({("a.cu", 90): kernels}, "")[1]) == 1
+
+
 def test_warnings_and_shared_names_are_problems() -> None:
     warned = made(("ptxas warning : setmaxnreg ignored",), k=GOOD)
     _, problems = judge({("a.cu", 90): warned, ("b.cu", 90): made(k=GOOD)}, "")

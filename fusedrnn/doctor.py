@@ -54,6 +54,12 @@ def attention(device_type: str) -> dict[str, str | None]:
     return {name: select.against(name, request) for name in select.ORDER}
 
 
+def layers(device_type: str) -> dict[str, str | None]:
+    """Every backend of our own, with the reason why it runs no layers on a device unasked, or None."""
+    request = select.Request("lstm", torch.float32, device_type)
+    return {name: select.passed_over(name, request) for name in select.ORDER}
+
+
 def kernels() -> Any:
     """The compiled module."""
     return import_module(f"{__package__}._C")
@@ -129,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = backends()
     reasons = {"Backends": found, "Attention, cpu": attention("cpu")}
     if torch.cuda.is_available():
-        reasons["Attention, cuda"] = attention("cuda")
+        reasons |= {"Layers, cuda": layers("cuda"), "Attention, cuda": attention("cuda")}
     sections: dict[str, list[tuple[str, str]]] = {
         title: [(name, "available" if why is None else f"missing ({why})") for name, why in each.items()]
         for title, each in reasons.items()

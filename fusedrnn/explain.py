@@ -49,8 +49,10 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
 
     recurrent = isinstance(module, _RECURRENT)
+    hidden: Any = getattr(module, "hidden_size", None)
     if recurrent:
-        request = select.Request(_cell(module), dtype, device_type, resets=resets is not None)
+        resetting = resets is not None
+        request = select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resetting)
     else:
         request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
     if select.requested() is not None:
@@ -63,7 +65,6 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
-        hidden: Any = module.hidden_size
         reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
     if reason is not None:
         against = {name: select.passed_over(name, request) for name in select.ORDER}

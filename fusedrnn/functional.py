@@ -149,7 +149,7 @@ def _stack(cell: str, args: tuple[Any, ...], resets: Tensor | None) -> tuple[Ten
         reason = _misshapen(cell, input, batch_sizes, states, params, has_biases, num_layers, directions)
     if reason is not None:
         return _by_torch(cell, args, reason, resets)
-    backend, reason = _backend(cell, input, resets is not None)
+    backend, reason = _backend(cell, input, params, resets is not None)
     if backend == "torch":
         return _by_torch(cell, args, reason, resets)
     if resets is not None:
@@ -194,7 +194,7 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
         reason = _misshapen(cell, input, None, states, params, has_biases, 1, 1)
     if reason is not None:
         return _by_torch(f"{cell}_cell", args, reason)
-    backend, reason = _backend(cell, input)
+    backend, reason = _backend(cell, input, params)
     if backend == "torch":
         return _by_torch(f"{cell}_cell", args, reason)
     _, last = ops.layer(input, None, params, states, cell, 1, backend)
@@ -358,11 +358,13 @@ def _faster_by_torch(
     return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
 
 
-def _backend(cell: str, input: Tensor, resets: bool = False) -> tuple[str, str]:
+def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = False) -> tuple[str, str]:
     """The backend to run on, and why where that is torch itself."""
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "torch", "ONNX knows torch's operators"
-    return _chosen(cell, input.dtype, input.device.type, resets, select.requested()), "asked for by name"
+    hidden = params[1].shape[0] // len(CELLS[cell].gates)
+    wanted = select.requested()
+    return _chosen(cell, input.dtype, input.device.type, hidden, resets, wanted), "asked for by name"
 
 
 def _transformed() -> bool:
@@ -370,9 +372,11 @@ def _transformed() -> bool:
     return functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _chosen(cell: str, dtype: torch.dtype, device_type: str, resets: bool, wanted: str | None) -> str:
+def _chosen(
+    cell: str, dtype: torch.dtype, device_type: str, hidden: int, resets: bool, wanted: str | None
+) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
-    return select.choose(select.Request(cell, dtype, device_type, resets=resets)).backend
+    return select.choose(select.Request(cell, dtype, device_type, hidden=hidden, resets=resets)).backend
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo

@@ -152,9 +152,11 @@ class Stepper:
             )
         request = select.Request(spec.cell, torch.float32, self._output.device.type)
         wanted = select.requested()
-        reason = (
-            f"{wanted!r} was asked for" if wanted in ("reference", "torch") else select.no_kernel(request)
-        )
+        reason = select.no_kernel(request)
+        if wanted in ("reference", "torch"):
+            reason = f"{wanted!r} was asked for"
+        elif request.device_type != "cpu":
+            reason = f"its stepper runs on a CPU, got device {request.device_type}"
         if reason is None:
             pack = shared_pack(self._module, spec, self._weights)
             self._run = self._native_run(pack)

@@ -163,9 +163,12 @@ def test_the_tests_that_run_are_those_of_gpu_kernels(tmp_path: Path) -> None:
         return found.command(9, tmp_path)
 
     assert f"SystemExit({SKIPPED})" in command()[-1]
-    for name in ("test_triton_layer.py", "test_cuda.py", "test_other.py"):
+    for name in ("test_triton_layer.py", "test_native_cuda.py", "test_cuda_fibers.py", "test_other.py"):
         (tmp_path / name).touch()
-    assert [Path(a).name for a in command() if a.endswith(".py")] == ["test_cuda.py", "test_triton_layer.py"]
+    assert [Path(a).name for a in command() if a.endswith(".py")] == [
+        "test_native_cuda.py",
+        "test_triton_layer.py",
+    ]
 
 
 def test_the_sanitizer_runs_parity_or_says_that_it_is_missing(
@@ -340,8 +343,6 @@ def test_waiting_is_an_error_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_backend_can_run_is_not_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        select.kernels("reference", "layer"), "unsupported", lambda cell, dtype, device: "has no GRU"
-    )
+    monkeypatch.setattr(select.kernels("reference", "layer"), "unsupported", lambda *_: "has no GRU")
     assert checks.main(["sync", *ONE]) == SKIPPED
     assert "reference gru fp32: not checked: has no GRU" in capsys.readouterr().out

@@ -210,7 +210,7 @@ def test_saved_has_the_shapes_it_says():
         for proj in (0, 4) if cell == "lstm" else (0,):
             args = problem(cell, 9, 3, 4, directions=2, proj=proj, ragged=True)
             saved = layer.forward(cell, *args, True)[2]
-            expected = layer.saved_tensors(cell, 2, args[0].shape[0], 9, bool(proj), torch.float32, 1)
+            expected = layer.saved_tensors(cell, 2, args[0].shape[0], 9, bool(proj), torch.float32, 1, "cpu")
             assert [(tuple(t.shape), t.dtype) for t in saved] == expected
             assert layer.forward(cell, *args, False)[2] == []
 

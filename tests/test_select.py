@@ -48,7 +48,7 @@ def native_of_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         select.kernels("native", "layer"),
         "unsupported",
-        lambda cell, dtype, device: "has no GRU" if cell == "gru" else None,
+        lambda cell, *_: "has no GRU" if cell == "gru" else None,
     )
 
 
@@ -288,6 +288,10 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_waits_for_its_proof_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = select.Request("lstm", torch.float32, "cuda")
+    monkeypatch.setattr(select.kernels("native", "layer"), "unsupported", lambda *_: None)
+    monkeypatch.setattr(select.get("native"), "unavailable", lambda: None)
+    assert select.passed_over("native", LSTM) is None
+    assert "use_backend('native') asks for it" in (select.passed_over("native", on_gpu) or "")
     assert "asks for it" in (select.passed_over("triton", on_gpu) or "")
     monkeypatch.setattr("fusedrnn.backends.triton.unavailable", lambda: None)
     assert select.against("triton", on_gpu) is None

@@ -20,20 +20,15 @@ from fusedrnn.testing import assert_parity, draw_inputs
 triton = pytest.importorskip("triton")
 pytest.importorskip("greenlet")
 
+import gpu_layers  # noqa: E402
 import triton.language as tl  # noqa: E402
 from cooperative import Deadlock, cooperative  # noqa: E402
+from gpu_layers import CELLS, DTYPES  # noqa: E402
 from interpreter import DEVICE, INTERPRETED  # noqa: E402
 from pieces import draw, in_pieces, resetting  # noqa: E402
 
 from fusedrnn.backends.triton import layer, plan, scan  # noqa: E402
 
-CELLS = {
-    "rnn_tanh": (fusedrnn.RNN, {}),
-    "rnn_relu": (fusedrnn.RNN, {"nonlinearity": "relu"}),
-    "lstm": (fusedrnn.LSTM, {}),
-    "gru": (fusedrnn.GRU, {}),
-}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = ["resident", "persistent", "streamed", "stepped"]
 # hidden, batch, time, lengths
 SIZES = [(1, 33, 2, None), (17, 3, 3, [3, 1, 2]), (96, 1, 2, None), (200, 3, 2, [2, 2, 1])]
@@ -53,7 +48,7 @@ def on_triton(monkeypatch):
 def planned(schedule):
     """A plan of this schedule for every scan. Streamed is persistent with weights that are not held."""
 
-    def choose(gates, hidden, size, batch, directions, projected, backward, machine):
+    def choose(gates, hidden, size, batch, directions, backward, machine):
         rows, units = 16, 16
         if schedule == "resident":
             units = max(16, plan.power_of_two(hidden))
@@ -72,9 +67,7 @@ def together(schedule, **order):
 
 
 def make(cell, inputs, hidden, dtype=torch.float32, **options):
-    cls, fixed = CELLS[cell]
-    torch.manual_seed(hidden)
-    return cls(inputs, hidden, **fixed, **options).to(DEVICE, dtype)
+    return gpu_layers.make(cell, inputs, hidden, dtype, DEVICE, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,32 +99,25 @@ def test_automatic_plans(cell):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_projection(dtype):
-    for options in ({}, {"bidirectional": True, "bias": False}):
-        module = make("lstm", 5, 17, DTYPES[dtype], proj_size=5, **options)
-        for lengths in (None, [3, 1, 2]):
-            assert_parity(module, inputs=draw_inputs(module, time=3, batch=3, lengths=lengths))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_projection(schedule, dtype):
+    with planned(schedule), together(schedule):
+        gpu_layers.projection(DTYPES[dtype], DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_one_step(cell, dtype):
-    for hidden, batch, inputs in ((1, 33, 1), (17, 3, 40), (200, 1, 7)):
-        torch.manual_seed(hidden)
-        module = getattr(fusedrnn, cell)(inputs, hidden, bias=hidden != 1).to(DEVICE, DTYPES[dtype])
-        assert_parity(module, inputs=draw_inputs(module, batch=batch))
+    gpu_layers.one_step(cell, DTYPES[dtype], DEVICE)
 
 
 @pytest.mark.parametrize("schedule", ["resident", "persistent"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_recompute(cell, schedule):
-    """The same gradients from less: no gates are kept."""
-    module = make(cell, 5, 17, bidirectional=True)
-    with fusedrnn.recompute(), planned(schedule), together(schedule):
-        for lengths in (None, [3, 1, 2]):
-            assert_parity(module, inputs=draw_inputs(module, time=3, batch=3, lengths=lengths))
-    everything = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.EVERYTHING)
-    little = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.LITTLE)
+    with planned(schedule), together(schedule):
+        gpu_layers.recompute(cell, DEVICE)
+    everything = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.EVERYTHING, DEVICE)
+    little = layer.saved_tensors(cell, 2, 9, 17, False, torch.float32, saving.LITTLE, DEVICE)
     assert little == [row for row in everything if row[0][-1] == 17]
     assert saving.saving() == saving.EVERYTHING
 
@@ -228,9 +214,9 @@ def test_without_triton_it_says_so(monkeypatch):
 
 
 def test_plans_never_depend_on_time_and_little_on_the_batch():
-    plans = {plan.choose(4, 512, 2, batch, 1, False, False, plan.H100) for batch in range(1, 129)}
+    plans = {plan.choose(4, 512, 2, batch, 1, False, plan.H100) for batch in range(1, 129)}
     assert len(plans) == 2
     small = plan.Machine(sms=20, shared=100 << 10)
-    assert plan.choose(4, 512, 2, 16, 1, False, False, small).schedule == "stepped"
-    assert plan.choose(4, 512, 2, 16, 1, False, False, plan.H100).schedule == "persistent"
-    assert plan.choose(4, 64, 2, 16, 1, False, False, plan.H100).schedule == "resident"
+    assert plan.choose(4, 512, 2, 16, 1, False, small).schedule == "stepped"
+    assert plan.choose(4, 512, 2, 16, 1, False, plan.H100).schedule == "persistent"
+    assert plan.choose(4, 64, 2, 16, 1, False, plan.H100).schedule == "resident"

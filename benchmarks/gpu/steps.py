@@ -22,10 +22,11 @@ _SANITIZED = {**_REPEATABLE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _ENVIRONMENT = {
     "memcheck": _SANITIZED,
     "racecheck": _SANITIZED,
+    "native benchmark": _COMPILED,
     BENCHMARK: _COMPILED,
 }
 # Those that run on the hardware where there is a GPU, elsewhere in an interpreter.
-_TESTS = ("test_triton*.py", "test_cuda*.py")
+_TESTS = ("test_triton*.py", "test_native_cuda.py")
 _TINY_PARITY = ("--cell", "lstm", "--dtype", "fp32")
 # Seconds of each step, and for --quick, which leaves out those without. The benchmark has what is left.
 _SECONDS: dict[str, tuple[float, float | None]] = {
@@ -41,6 +42,7 @@ _SECONDS: dict[str, tuple[float, float | None]] = {
     "determinism": (15, 8),
     "long": (30, None),
     "latency": (10, None),
+    "native benchmark": (45, None),
     BENCHMARK: (0, 0),
 }
 _MARGIN = 0.15  # of the benchmark's time, for the case that it is at and for its report
@@ -58,7 +60,8 @@ def steps(device: str, quick: bool, tests: Path = ROOT / "tests") -> list[Step]:
         "racecheck": _sanitizer(device, "racecheck"),
         **{name: _check(device, name, *(("--tiny",) if dry else ())) for name in CHECKS},
         "latency": _latency(device),
-        BENCHMARK: _benchmark(device),
+        "native benchmark": _benchmark(device, "native"),
+        BENCHMARK: _benchmark(device, "triton"),
     }
     found = []
     for name, shares in _SECONDS.items():
@@ -120,13 +123,13 @@ def _latency(device: str) -> Command:
     return lambda seconds, result: (*command, str(result))
 
 
-def _benchmark(device: str) -> Command:
+def _benchmark(device: str, backend: str) -> Command:
     smallest = ("--hidden", "64", "--batch", "1", "--time", "8", "--seconds", "0", "--dtype", "fp32")
 
     def command(seconds: float, result: Path) -> Sequence[str]:
         end = f"{seconds * (1 - _MARGIN):.0f}"
         arguments = ("--device", device, "--grid", "gpu", "--deadline", end, "--json", str(result))
-        further = smallest if device == "cpu" else ("--backend", "triton")
+        further = smallest if device == "cpu" else ("--backend", backend)
         return sys.executable, "-m", "fusedrnn", "bench", *arguments, *further
 
     return command

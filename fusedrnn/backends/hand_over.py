@@ -36,7 +36,8 @@ def reason(
         time, batch, hidden: T, B and H; for packed input B is the number of sequences.
         train: whether a gradient will be recorded.
     """
-    missing = select.no_kernel(select.Request(function.removesuffix("_cell"), dtype, device_type))
+    request = select.Request(function.removesuffix("_cell"), dtype, device_type, hidden=hidden)
+    missing = select.no_kernel(request)
     if missing is not None:
         if dtype.is_floating_point and device_type != "meta":  # torch has an error or no values there
             select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")

@@ -15,19 +15,20 @@ import torch
 
 # In order of preference; `reference` can always run.
 ORDER = ("native", "triton", "reference")
-# What no hardware has proven (docs/hardware.md) runs where it is asked for by name.
-UNPROVEN = frozenset({"triton"})
+# Backend and device type: what no hardware has proven (docs/hardware.md) runs where it is asked for by name.
+UNPROVEN = frozenset({("native", "cuda"), ("triton", "cuda")})
 # `torch` is torch.nn's own path: functional hands the whole stack over to it.
 NAMES = (*ORDER, "torch")
 
 
 class Request(NamedTuple):
-    """What the choice depends on. Sizes decide only whether torch's own path is faster."""
+    """What the choice depends on. Other sizes decide only whether torch's own path is faster."""
 
     kind: str  # the cell of a layer, the score of an attend
     dtype: torch.dtype
     device_type: str
     operation: str = "layer"  # or "attend"
+    hidden: int | None = None  # H of a layer: what a GPU must hold; None asks for no size in particular
     resets: bool = False
 
 
@@ -112,13 +113,14 @@ def against(name: str, request: Request) -> str | None:
         return reason
     if find_spec(f"{__package__}.{name}.{request.operation}") is None:
         return f"has no {request.operation} kernels"
-    backend = kernels(name, request.operation)
-    return backend.unsupported(request.kind, request.dtype, request.device_type)
+    sizes = () if request.hidden is None else (request.hidden,)
+    unsupported = kernels(name, request.operation).unsupported
+    return unsupported(request.kind, request.dtype, request.device_type, *sizes)
 
 
 def passed_over(name: str, request: Request) -> str | None:
     """Why the automatic choice does not consider a backend for a request; None if it does."""
-    if name in UNPROVEN:
+    if (name, request.device_type) in UNPROVEN:
         return against(name, request) or f"waits for its proof on hardware; use_backend({name!r}) asks for it"
     return against(name, request)
 

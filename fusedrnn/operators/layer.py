@@ -167,7 +167,8 @@ def _layer_fake(
     if save:
         n = rows[0] if len(rows) == 1 else rows[0] * rows[1]
         kernels = select.kernels(backend, "layer")
-        found = kernels.saved_tensors(cell, directions, n, hidden, proj, input.dtype, save)
+        sizes = (directions, n, hidden, proj)
+        found = kernels.saved_tensors(cell, *sizes, input.dtype, save, input.device.type)
         saved = [input.new_empty(shape, dtype=dtype) for shape, dtype in found]
     return [output, *last, *saved]
 

@@ -1,4 +1,4 @@
-"""The layer's kernels: tensors to raw pointers, and weight packing."""
+"""The layer's kernels: tensors to raw pointers, and weight packing. CUDA tensors go to `cuda`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _C, _STORAGE, _large, _pointer, _stored, _sums, _wide, no_kernel
+from .. import gpu
+from . import _C, _STORAGE, _large, _pointer, _stored, _sums, _wide, cuda, no_kernel
 
 
 class _Cell(NamedTuple):
@@ -30,17 +31,21 @@ _CELLS = {
 _T = TypeVar("_T")
 
 
-def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
+def unsupported(cell: str, dtype: torch.dtype, device_type: str, hidden: int | None = None) -> str | None:
     """Why a request cannot run here; None if it can."""
     if cell not in _CELLS:
         return f"has no kernel for cell {cell!r}"
+    if device_type == cuda.DEVICE_TYPE:
+        return cuda.unsupported(cell, dtype, hidden)
     return no_kernel(dtype, device_type)
 
 
 def saved_tensors(
-    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int, device: str
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `forward` returns as saved."""
+    if device == cuda.DEVICE_TYPE:
+        return gpu.saved_tensors(cuda.CELLS[cell], directions, rows, hidden, proj, dtype, save)
     spec = _CELLS[cell]
     shapes: list[tuple[int, ...]] = []
     if spec.saves_gates:
@@ -163,6 +168,9 @@ def forward(
     resets: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One layer. Shapes: docs/architecture.md, "The layer". Everything is contiguous."""
+    if input.device.type == cuda.DEVICE_TYPE:
+        with torch.cuda.device_of(input):
+            return gpu.forward(cuda, cell, input, batch_sizes, weights, states, directions, save, resets)
     spec = _CELLS[cell]
     dtype = input.dtype
     gates = spec.gates
@@ -179,7 +187,7 @@ def forward(
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
-        found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save)
+        found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save, "cpu")
         saved = [_large(x.new_empty(shape, dtype=sums)) for shape, sums in found]
     if rows:
         pointers = [t.data_ptr() for t in saved]
@@ -241,6 +249,12 @@ def backward(
 
     Reads `saved` and leaves it as it is.
     """
+    if input.device.type == cuda.DEVICE_TYPE:
+        with torch.cuda.device_of(input):
+            return gpu.backward(
+                cuda, cell, input, batch_sizes, weights, states, directions, output, saved, grad_output,
+                grad_last, needs, resets,
+            )  # fmt: skip
     spec = _CELLS[cell]
     dtype = input.dtype
     gates = spec.gates

@@ -11,12 +11,12 @@ from ...cells import CELLS
 from . import autograd_on
 
 
-def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
+def unsupported(cell: str, dtype: torch.dtype, device_type: str, hidden: int | None = None) -> str | None:
     return None if dtype.is_floating_point else f"{dtype} is not a floating dtype"
 
 
 def saved_tensors(
-    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int, device: str
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return []  # its backward recomputes
 

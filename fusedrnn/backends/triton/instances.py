@@ -59,7 +59,7 @@ def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Ite
     steps = {plan.one_step(batch, size): None for batch in (16, 32)}
     for backward in (False, True):
         plans = {
-            plan.choose(gates, hidden, size, batch, 1, False, backward, machine): None
+            plan.choose(gates, hidden, size, batch, 1, backward, machine): None
             for machine in (plan.H100, plan.RTX4090)
             for hidden in _HIDDEN
             for batch in (16, 32)
@@ -73,24 +73,19 @@ def _of(cell: str, dtype: str, precision: str, layouts: tuple[bool, ...]) -> Ite
         return
     if CELLS[cell].saved:
         yield _again(cell, dtype)
-    if cell == "lstm":
-        for p in steps:
-            yield _instance(cell, dtype, p, precision, True, True, projected=True)
 
 
-def _instance(
-    cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool, backward: bool, projected: bool = False
-) -> Instance:
+def _instance(cell: str, dtype: str, p: plan.Plan, precision: str, ragged: bool, backward: bool) -> Instance:
     spec = CELLS[cell]
     pass_ = "backward" if backward else "forward"
     tiles = f"{p.schedule} {p.BB}x{p.BU}x{p.BK}" + (f" held x{p.NK}" if p.hold else "")
-    layout = ("projected " if projected else "") + ("ragged" if ragged else "dense")
+    layout = "ragged" if ragged else "dense"
     name = f"{pass_} {cell} {dtype} {precision} {tiles} {layout}"
     persistent = p.schedule == "persistent"
     kernel = scan_bwd_kernel if backward else scan_fwd_kernel
     pointers = (_backward if backward else _forward)(spec, f"*{dtype}")
     constants: dict[str, object] = {
-        **(_backward_constants(spec, projected) if backward else _forward_constants(spec)),
+        **(_backward_constants(spec) if backward else _forward_constants(spec)),
         "G": spec.gates,
         "S": spec.states,
         "RESETS": ragged,
@@ -118,7 +113,7 @@ def _instance(
         p.num_stages,
         p.maxnreg,
         persistent,
-        precision != "ieee" and not projected,
+        precision != "ieee",
     )
 
 
@@ -191,14 +186,13 @@ def _forward_constants(cell: Cell) -> dict[str, object]:
     }
 
 
-def _backward_constants(cell: Cell, projected: bool) -> dict[str, object]:
+def _backward_constants(cell: Cell) -> dict[str, object]:
     return {
         "BACKWARD": cell.backward,
         "SAVED": max(1, cell.saved),
         "SPLIT": cell.split,
         "READS_H": cell.reads_h,
         "HAS_GRAD": True,
-        "RECURRENT": not projected,
     }
 
 

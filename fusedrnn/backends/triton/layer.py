@@ -8,34 +8,37 @@ import torch
 from torch import Tensor
 
 from ...cells import CELLS
+from .. import gpu
 from . import no_kernel
 
 
-def unsupported(cell: str, dtype: torch.dtype, device_type: str) -> str | None:
-    """Why a request cannot run here; None if it can."""
+def unsupported(cell: str, dtype: torch.dtype, device_type: str, hidden: int | None = None) -> str | None:
+    """Why a request cannot run here; None if it can. Any `hidden` can."""
     if cell not in CELLS:
         return f"has no kernel for cell {cell!r}"
     return no_kernel(dtype, device_type)
 
 
-def saved_tensors(*args: Any) -> Any:
+def saved_tensors(
+    cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int, device: str
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `forward` returns as saved."""
-    from .call import saved_tensors
+    from .scans import CELLS
 
-    return saved_tensors(*args)
+    return gpu.saved_tensors(CELLS[cell], directions, rows, hidden, proj, dtype, save)
 
 
 def forward(cell: str, input: Tensor, *rest: Any) -> Any:
     """One layer. Shapes: docs/architecture.md, "The layer"."""
-    from .forward import forward
+    from . import scans
 
     with torch.cuda.device_of(input):  # Triton launches on the current one
-        return forward(cell, input, *rest)
+        return gpu.forward(scans, cell, input, *rest)
 
 
 def backward(cell: str, input: Tensor, *rest: Any) -> Any:
     """Gradients of `input`, `weights` and `states`, in their order; None where not needed."""
-    from .backward import backward
+    from . import scans
 
     with torch.cuda.device_of(input):  # Triton launches on the current one
-        return backward(cell, input, *rest)
+        return gpu.backward(scans, cell, input, *rest)

@@ -64,7 +64,6 @@ def choose(
     size: int,
     batch: int,
     directions: int,
-    projected: bool,
     backward: bool,
     machine: Machine,
 ) -> Plan:
@@ -72,11 +71,8 @@ def choose(
 
     Args:
         size: bytes of a value as stored.
-        projected: whether the hidden state is projected, which only the stepped schedule can do.
     """
     rows = _rows(batch, size)
-    if projected:
-        return _stepped(rows, size)
     units = max(16, power_of_two(hidden))
     if _columns(gates, backward) * units * units * size <= machine.shared * _RESIDENT[size]:
         return Plan("resident", 16, units, units, 1, 4 if units * size <= 64 else 8, 2)

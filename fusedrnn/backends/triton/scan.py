@@ -287,7 +287,6 @@ def scan_bwd_kernel(
     RAGGED: tl.constexpr,
     RESIDENT: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    RECURRENT: tl.constexpr,  # whether what goes through the weights is made here
     HOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     BB: tl.constexpr,
@@ -369,7 +368,7 @@ def scan_bwd_kernel(
             c += tl.load(cells0_ptr + plane * B * H + at_start, mask=from_start, other=0).to(tl.float32)
             states += (c,)
         d_h = d_states[0]
-        if RECURRENT and not RESIDENT and i > 0:
+        if not RESIDENT and i > 0:
             if PERSISTENT:
                 wait(counter_ptr, i * tl.num_programs(0))
             d_h = _through_weights(
@@ -403,7 +402,7 @@ def scan_bwd_kernel(
         if PERSISTENT:
             arrive(counter_ptr)
 
-    if RECURRENT and not RESIDENT and first + count > length and first <= length:
+    if not RESIDENT and first + count > length and first <= length:
         if PERSISTENT:
             wait(counter_ptr, length * tl.num_programs(0))
         d_h = _through_weights(

@@ -61,7 +61,7 @@ template <class S>
 class Cta {
  public:
   static constexpr Together kTogether = Together::kNone;
-  static constexpr int kMost = 4, kRegisters = 112;
+  static constexpr int kMost = 4, kRegisters = 104;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 
@@ -99,7 +99,7 @@ template <class S>
 class Grid {
  public:
   static constexpr Together kTogether = Together::kGrid;
-  static constexpr int kMost = 2, kRegisters = 144;
+  static constexpr int kMost = 2, kRegisters = 136;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
 

@@ -24,17 +24,20 @@ __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source sour
                                        unsigned char* vectors /*[rows, row_bytes]*/) {
   constexpr int kPer = 16 / sizeof(S);
   const int slice = warp() / tile.unit_warps, turn = warp() % tile.unit_warps;
-  const int first = tile.first_chunk(slice), end = tile.first_chunk(slice + 1);
+  const int first = tile.first_chunk(slice) + turn, end = tile.first_chunk(slice + 1);
+  const int first_gate = first / tile.gate_chunks;
 #pragma unroll 1
   for (int n = 0; n < tile.row_tiles; ++n) {
     const int row = n * kColumns + lane() / 4;
     const S* from = source(row);
     const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && hidden % kPer == 0;
+    int gate = first_gate;
 #pragma unroll 1
-    for (int chunk = first + turn; chunk < end; chunk += tile.unit_warps) {
-      unsigned char* to = vectors + row * tile.row_bytes() + chunk * kChunkBytes + lane() % 4 * 16;
-      const int gate = chunk / tile.gate_chunks;
+    for (int chunk = first; chunk < end; chunk += tile.unit_warps) {
+      // A division would take longer than the rest.
+      while (chunk >= (gate + 1) * tile.gate_chunks) ++gate;
       const int k = ((chunk - gate * tile.gate_chunks) * 4 + lane() % 4) * kPer;
+      unsigned char* to = vectors + row * tile.row_bytes() + chunk * kChunkBytes + lane() % 4 * 16;
       const S* piece = from + int64_t{gate} * hidden + k;
       if (from == nullptr || k >= hidden) {
         *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};

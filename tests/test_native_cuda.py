@@ -17,6 +17,9 @@ import fusedrnn
 from fusedrnn import explain, saving
 from fusedrnn.backends import select
 from fusedrnn.backends.native import cuda, layer
+from fusedrnn.bench import command
+from fusedrnn.bench.cases import Case
+from fusedrnn.bench.gpu import DEVICES
 from fusedrnn.testing import assert_parity, draw_inputs
 
 fibers = pytest.importorskip("fibers")
@@ -164,6 +167,14 @@ def test_what_does_not_fit_is_refused_before_a_launch(ran):
     assert choice.backend == "torch"
     assert "H = 1000 do not fit" in choice.why_not["native"]
     assert not ran
+
+
+@needs_fibers
+def test_a_benchmark_leaves_out_what_does_not_fit(ran, capsys):
+    small, large = (Case("gru", hidden, 1, 1, "inference", "dense") for hidden in (8, 2000))
+    plan = [("named", small), ("named", large)]
+    assert command._runnable(plan, DEVICES["cpu"]()) == plan[:1]
+    assert "not measured: native holds all weights on chip" in capsys.readouterr().out
 
 
 @needs_fibers

@@ -249,7 +249,7 @@ def test_explain_a_stock_module_and_what_is_none() -> None:
 
 def test_explain_knows_autocast(native_of_sorts: None, monkeypatch: pytest.MonkeyPatch) -> None:
     native = select.kernels("native", "layer")
-    monkeypatch.setattr(native, "unsupported", lambda cell, dtype, device: f"no {dtype}")
+    monkeypatch.setattr(native, "unsupported", lambda cell, dtype, *_: f"no {dtype}")
     with torch.autocast("cpu", torch.bfloat16), fusedrnn.use_backend("native"):
         with pytest.raises(fusedrnn.BackendError, match=r"no torch.bfloat16"):
             explain(fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2))

@@ -166,7 +166,7 @@ def _grid(
     What is known is saved after every case: one that hangs loses no other.
     """
     end = perf_counter() + arguments.deadline
-    plan = _plan(arguments)
+    plan = _runnable(_plan(arguments), device)
     # equal cases of different lengths run the same kernels
     gate = cache(lambda case: prepare(case, device).parity())
     results: list[Result] = []
@@ -205,6 +205,22 @@ def _grid(
         print(f"\n{markdown(results)}")
     save(report)
     return all(result.times for result in results)
+
+
+def _runnable(plan: Sequence[tuple[str, AnyCase]], device: Device) -> list[tuple[str, AnyCase]]:
+    """Without the layers that the backend asked for cannot run, such as those too large for a GPU."""
+    wanted = select.requested()
+    found = []
+    for group, case in plan:
+        reason = None
+        if wanted is not None and isinstance(case, Case):
+            request = select.Request(case.cell, DTYPES[case.dtype], device.name, hidden=case.hidden)
+            reason = select.against(wanted, request)
+        if reason is None:
+            found.append((group, case))
+        else:
+            print(f"{case.label}: not measured: {wanted} {reason}")
+    return found
 
 
 def _goals(arguments: argparse.Namespace) -> Sequence[goals.Goal]:

@@ -79,7 +79,7 @@ def scan_fwd_kernel(
     start_ptr,  # [D, B, K]: the hidden state before the first step, as products take it
     states_ptr,  # [S, D, B, H] fp32: before step `first`; after the last one
     h_ptr,  # strides h_direction, h_row, 1: [N, K] a direction, the hidden states as products take them
-    output_ptr,  # strides output_direction, output_row, 1: [N, H] a direction; h_ptr's unless projected
+    output_ptr,  # strides output_direction, output_row, 1: [N, H] a direction; h_ptr's
     saved_ptr,  # [D, N, SAVED*H], if SAVE
     cells_ptr,  # [S-1, D, N, H] fp32: the other states, if SAVE
     h_direction, h_row, output_direction, output_row,

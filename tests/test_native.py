@@ -8,7 +8,7 @@ import torch
 
 import fusedrnn
 from fusedrnn.backends import native
-from fusedrnn.backends.native import layer
+from fusedrnn.backends.native import cuda, layer
 from fusedrnn.backends.reference import layer as reference
 from fusedrnn.budget import ROUNDED_RUNS, compare
 from fusedrnn.testing import assert_parity, draw_inputs
@@ -411,6 +411,8 @@ def test_levels():
 
 def test_what_is_unsupported_has_a_reason():
     assert layer.unsupported("lstm", torch.float32, "cpu") is None
-    assert "cuda" in layer.unsupported("lstm", torch.float32, "cuda")
+    assert "mps" in layer.unsupported("lstm", torch.float32, "mps")
+    missing = cuda.kernels.missing
+    assert (missing or "float64") in layer.unsupported("lstm", torch.float64, "cuda")
     assert "int" in layer.unsupported("lstm", torch.int32, "cpu")
     assert "slstm" in layer.unsupported("slstm", torch.float32, "cpu")

@@ -38,7 +38,7 @@ def plans(kind: str, machine: plan.Machine, backward: bool) -> set[plan.Plan]:
     """Every one that a scan of some size gets."""
     gates, found = CELLS[kind.split()[0]].gates, set()
     for hidden, batch, directions in product(HIDDEN, (1, 16, 17, 128), (1, 2)):
-        chosen = plan.choose(gates, hidden, KINDS[kind], batch, directions, False, backward, machine)
+        chosen = plan.choose(gates, hidden, KINDS[kind], batch, directions, backward, machine)
         programs = -(-hidden // chosen.BU) * -(-batch // chosen.BB) * directions
         assert chosen.schedule != "persistent" or programs <= machine.sms
         found.add(chosen)

@@ -100,7 +100,8 @@ def test_automatic_plans(cell):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projection(dtype):
-    gpu_layers.projection(DTYPES[dtype], DEVICE)
+    with together("persistent"):
+        gpu_layers.projection(DTYPES[dtype], DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,12 +133,13 @@ def test_resets(cell, schedule):
 
 
 def test_resets_of_a_projection_a_recomputation_and_a_single_step():
-    module = make("lstm", 5, 17, proj_size=5, bidirectional=True)
-    assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, lengths=[3, 1, 2]))
-    module = make("gru", 5, 17)
-    with fusedrnn.recompute(), planned("resident"):
-        assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, time=3, batch=3))
-    assert_parity(resetting(module), in_pieces(module), draw(module, 0.5, time=1, batch=5))
+    with together("persistent"):
+        module = make("lstm", 5, 17, proj_size=5, bidirectional=True)
+        assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, lengths=[3, 1, 2]))
+        module = make("gru", 5, 17)
+        with fusedrnn.recompute():
+            assert_parity(resetting(module), in_pieces(module), draw(module, 0.4, time=3, batch=3))
+        assert_parity(resetting(module), in_pieces(module), draw(module, 0.5, time=1, batch=5))
 
 
 # ---- the barrier -------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ Part part_of(const Shape& s, Split split, int tile_rows, Team team) {
 }
 
 // Below this many multiply-adds a parallel region costs more than it saves: in all, and per step
-// where every step has a barrier.
-constexpr double kWorthARegion = 2e5, kWorthABarrier = 2e4;
+// where every step has a barrier. Of two threads, 9e3 (LSTM of H = 48 at B = 1) is where both are as fast.
+constexpr double kWorthARegion = 2e5, kWorthABarrier = 1e4;
 
 // f(direction, part) for every share of the work.
 template <class D, class F>

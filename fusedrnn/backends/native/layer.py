@@ -111,7 +111,7 @@ def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
     threads = torch.get_num_threads()
     if kind == "rows":
         weight = _even(weight)
-        columns = weight.shape[1]
+        columns = weight.shape[-1]
         n = rows // gates
         pack = _large(weight.new_empty(-(-n // width) * width * gates * columns))
         _C.pack_rows(storage, weight.data_ptr(), gates, n, columns, pack.data_ptr(), threads)
@@ -127,9 +127,14 @@ def _as_stored(weight: Tensor, kind: str, gates: int) -> Tensor:
 
 def _even(tensor: Tensor) -> Tensor:
     """bf16 with a column of zeros where the number of columns is odd: they are multiplied in pairs."""
-    if tensor.dtype is torch.bfloat16 and tensor.shape[1] % 2:
+    if tensor.dtype is torch.bfloat16 and tensor.shape[-1] % 2:
         return torch.nn.functional.pad(tensor, (0, 1))
     return tensor
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype. `to` takes a microsecond to find that there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 # ---- the layer ---------------------------------------------------------------------------------
@@ -176,19 +181,21 @@ def forward(
     gates = spec.gates
     _, batch, proj = states[0].shape
     hidden = weights[0].shape[0] // gates
-    time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    x = _even(_stored(input).view(-1, input.shape[-1]))
-    rows, size, wide = x.shape[0], x.element_size(), 8 if dtype is torch.float64 else 4
+    x = _even(_stored(input))
+    *lead, inputs = x.shape
+    time, rows = (lead[0], lead[0] * lead[1]) if batch_sizes is None else (batch_sizes.shape[0], lead[0])
+    size, wide = x.element_size(), 8 if dtype is torch.float64 else 4
     per_direction = _weights(weights, directions)
 
     width = directions * proj
-    output = _large(x.new_empty((*input.shape[:-1], width)))
-    last = [s.to(_sums(dtype), copy=True) for s in states]
+    output = _large(x.new_empty((*lead, width)))
+    sums = _sums(dtype)
+    last = [s.clone() if dtype is sums else s.to(sums) for s in states]  # run in place
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
         found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save, "cpu")
-        saved = [_large(x.new_empty(shape, dtype=sums)) for shape, sums in found]
+        saved = [_large(x.new_empty(shape, dtype=kept)) for shape, kept in found]
     if rows:
         pointers = [t.data_ptr() for t in saved]
         gates_at = pointers.pop(0) if save and spec.saves_gates else 0
@@ -214,7 +221,7 @@ def forward(
                     *shape,
                     d,
                     x.data_ptr(),
-                    x.shape[1],
+                    inputs,
                     pack is _packed,
                     *map(_pointer, tensors),
                     output_at + d * proj * size,
@@ -228,7 +235,7 @@ def forward(
                 )
             )
         _C.forward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
-    return output.to(dtype), [s.to(dtype) for s in last], saved
+    return _as(output, dtype), [_as(s, dtype) for s in last], saved
 
 
 def backward(
@@ -320,7 +327,7 @@ def backward(
     grad_input = None
     if d_input is not None:
         grad_input = (d_input[0] if directions == 1 else d_input[0].add_(d_input[1])).view(input.shape)
-        grad_input = grad_input.to(dtype)
-    grad_weights = [None if g is None else g.to(dtype) for g in d_weights]
-    grad_states = [s.to(dtype) if need else None for s, need in zip(d_states, needs[2])]
+        grad_input = _as(grad_input, dtype)
+    grad_weights = [None if g is None else _as(g, dtype) for g in d_weights]
+    grad_states = [_as(s, dtype) if need else None for s, need in zip(d_states, needs[2])]
     return grad_input, grad_weights, grad_states

@@ -1,7 +1,8 @@
 """The functions behind torch.nn's recurrent modules, with the signatures of ``torch._VF`` and ``resets``.
 
-They validate, loop over layers and call :func:`fusedrnn.ops.layer`. A call that torch refuses, or
-that no backend knows, goes to torch's own function as it came: its error or its result is the answer.
+They validate and call :func:`fusedrnn.stack.layers` or :func:`fusedrnn.ops.layer`. A call that torch
+refuses, or that no backend knows, goes to torch's own function as it came: its error or its result is the
+answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import _VF, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import ops
+from . import ops, stack
 from .backends import hand_over, select
 from .cells import CELLS
 
@@ -155,26 +156,13 @@ def _stack(cell: str, args: tuple[Any, ...], resets: Tensor | None) -> tuple[Ten
     if resets is not None:
         resets = _by_direction(resets, input, batch_sizes, batch_first, directions)
 
-    per_layer = len(params) // num_layers
-    lasts = []
-    output = input
-    for k in range(num_layers):
-        output, last = ops.layer(
-            output,
-            batch_sizes,
-            params[k * per_layer : (k + 1) * per_layer],
-            states if num_layers == 1 else [s[k * directions : (k + 1) * directions] for s in states],
-            cell,
-            directions,
-            backend,
-            resets,
-        )
-        lasts.append(last)
-        if dropout != 0 and train and k < num_layers - 1:
-            output = torch.dropout(output, dropout, True)
+    output, last = stack.layers(
+        input, batch_sizes, params, states, cell, directions, num_layers, dropout if train else 0.0, backend,
+        resets,
+    )  # fmt: skip
     if batch_first:
         output = output.transpose(0, 1)
-    return (output, *(lasts[0] if num_layers == 1 else map(torch.cat, zip(*lasts))))
+    return (output, *last)
 
 
 def _cell(cell: str, args: tuple[Any, ...]) -> Any:

@@ -58,9 +58,13 @@ class _Call(Protocol):
 
 def unobserved(tensors: Sequence[Any]) -> bool:
     """Whether a call may go straight to its kernel: no derivative, compiler, transform, mode or subclass."""
+    return not (torch.is_grad_enabled() and any_grad(tensors)) and eager(tensors)
+
+
+def eager(tensors: Sequence[Any]) -> bool:
+    """Whether nothing looks on but autograd: no compiler, transform, mode or subclass."""
     return not (
-        (torch.is_grad_enabled() and any_grad(tensors))
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()

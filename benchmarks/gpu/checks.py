@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedrnn import stack
 from fusedrnn.backends import select
 from fusedrnn.bench.device import Call, Device
 from fusedrnn.bench.gpu import DEVICES
@@ -34,11 +35,12 @@ class Sizes(NamedTuple):
     batch: int
     time: int
     long: int
+    waves: int
 
 
-# 65,535 is what a grid dimension can be, and where cuDNN ends.
-SIZES = Sizes(hidden=64, batch=16, time=64, long=65_600)
-TINY = Sizes(hidden=5, batch=3, time=4, long=9)
+# 65,535 is what a grid dimension can be, and where cuDNN ends; `waves` are several chunks of a wavefront.
+SIZES = Sizes(hidden=64, batch=16, time=64, long=65_600, waves=4 * stack.STEPS + 3)
+TINY = Sizes(hidden=5, batch=3, time=4, long=9, waves=5)
 STEPS, RATE = 3, 0.1  # of training
 RUNS = 5
 
@@ -53,8 +55,8 @@ def backends(device: Device) -> list[str]:
     return fused or [last]
 
 
-def _module(cell: str, dtype: str, hidden: int, device: Device) -> nn.RNNBase:
-    return make_module(cell, hidden, hidden, dtype=DTYPES[dtype]).to(device.name)
+def _module(cell: str, dtype: str, hidden: int, device: Device, layers: int = 1) -> nn.RNNBase:
+    return make_module(cell, hidden, hidden, num_layers=layers, dtype=DTYPES[dtype]).to(device.name)
 
 
 def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Named:
@@ -196,6 +198,21 @@ def streams(device: Device, cell: str, dtype: str, sizes: Sizes) -> str:
     return ""
 
 
+def wavefront(device: Device, cell: str, dtype: str, sizes: Sizes) -> str:
+    """A stack whose layers run beside each other: the same bits each time, within the error budget."""
+    module = _module(cell, dtype, sizes.hidden, device, layers=3)
+    inputs = draw_inputs(module, time=sizes.waves, batch=sizes.batch)
+    ours = _run(module, inputs)
+    for _ in range(RUNS):
+        if wrong := _differs(ours, _run(module, inputs)):
+            return f"not the same from run to run: {wrong}"
+
+    def own(dtype: torch.dtype) -> Named:
+        return _run(stock(module).to("cpu", dtype), _on("cpu", inputs, dtype))
+
+    return _red(check(ours, own(DTYPES[dtype]), lambda: own(torch.float64)))
+
+
 def determinism(device: Device, cell: str, dtype: str, sizes: Sizes) -> str:
     """Outputs and gradients are the same to the bit, run to run."""
     module = _module(cell, dtype, sizes.hidden, device)
@@ -207,7 +224,7 @@ def determinism(device: Device, cell: str, dtype: str, sizes: Sizes) -> str:
     return ""
 
 
-CHECKS: dict[str, Checked] = {c.__name__: c for c in (graphs, sync, long, streams, determinism)}
+CHECKS: dict[str, Checked] = {c.__name__: c for c in (graphs, sync, long, streams, wavefront, determinism)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,7 +39,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 ISA_FLAGS = {
     "scan_avx2.cpp": AVX2,
     "scan_avx512.cpp": AVX512,
-    "scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     "attend_avx2.cpp": AVX2,
     "attend_avx512.cpp": AVX512,
 }

@@ -180,6 +180,9 @@ PYBIND11_MODULE(_C, m) {
     const Kernels& k = kernels();
     return storage == 1 ? k.f64.width : k.f32.width;
   });
+  m.def(
+      "step_together", [](int storage) { return kernels().step[storage].together; },
+      "how many steps of k lie side by side in a weight packed for a stepper");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
   m.def("isa_levels", &supported_levels);

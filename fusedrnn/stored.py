@@ -167,20 +167,24 @@ def _pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
 
 
 def _stored(name: str, weight: Tensor, gates: int, storage: str) -> tuple[Tensor, Tensor | None]:
-    """A weight [gates*n, k] and its scales, as csrc/cpu/storage.h wants them."""
+    """A weight [gates*n, k] and its scales, as csrc/cpu/storage.h and step_digits.h want them."""
     scale = None
+    together = native._C.step_together(STORAGES.index(storage))
     if storage == "int8":
         if not weight.isfinite().all():
             raise ValueError(f"weights: int8 has no value for what {name} holds, which is not finite")
         scale = _scale(weight)
         weight = (weight / scale).round()
-        scale = kernels._pack(scale / 65536, "rows", gates)
+        in_fours = together == 4
+        scale = kernels._pack(scale if in_fours else scale / 65536, "rows", gates)
     packed = kernels._pack(weight, "rows", gates)
     if storage != "fp32":
         k = weight.shape[1]
         packed = packed.to(_DTYPES[storage]).view(-1, k, gates * native._C.width(0))
-        pairs = nn.functional.pad(packed, (0, 0, 0, k % 2)).unflatten(1, (-1, 2))
-        packed = pairs.transpose(2, 3).contiguous()  # [ceil(n/W), ceil(k/2), G*W, 2]
+        groups = nn.functional.pad(packed, (0, 0, 0, -k % together)).unflatten(1, (-1, together))
+        packed = groups.transpose(2, 3).contiguous()  # [ceil(n/W), ceil(k/together), G*W, together]
+    if storage == "int8" and in_fours:
+        packed = (packed.short() + 128).to(torch.uint8)
     return packed, scale
 
 

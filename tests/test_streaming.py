@@ -112,6 +112,37 @@ def test_large_steps_share_threads(weights: str) -> None:
         assert_steps(make(kind, 700, 389), batch, weights)
 
 
+@needs_native
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-5, 1e5, 1e30])
+def test_inputs_of_any_size(size: float, batch: int | None) -> None:
+    module, weights = nn.GRU(37, 50), "int8"
+    lead = () if batch is None else (batch,)
+    x = torch.rand(3, *lead, 37) * size
+    result = check(
+        steps(fusedrnn.streaming(module, batch, weights), x),
+        run(twin(module, weights, torch.float32), x),
+        lambda: run(twin(module, weights, torch.float64), x.double()),
+    )
+    assert result.ok, f"\n{result}"
+
+
+@needs_native
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_inputs_that_are_no_numbers_stay_in_their_row(value: float, weights: str) -> None:
+    module = nn.RNN(37, 50)
+    x = torch.randn(3, 37)
+    x[1, 5] = value
+    stepper, clean = (fusedrnn.streaming(module, 3, weights) for _ in range(2))
+    output, expected = stepper.step(x), clean.step(x.nan_to_num(0, 0))
+    assert torch.equal(output[::2], expected[::2])
+    exact = run(twin(module, weights, torch.float64), x[None].double())["output"][0, 1]
+    assert torch.equal(output[1].isnan(), exact.isnan())
+    if value == torch.inf:
+        torch.testing.assert_close(output[1].double(), exact, rtol=0, atol=1e-6)
+
+
 def test_the_output_is_one_buffer(path: str) -> None:
     stepper = fusedrnn.streaming(nn.GRU(3, 4), 2)
     x = torch.randn(2, 3)

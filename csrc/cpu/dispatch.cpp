@@ -41,7 +41,8 @@ const std::vector<Level>& levels() {
 #if defined(__x86_64__) || defined(_M_X64)
       {&kAvx2Kernels, has_avx2()},
       {&kAvx512Kernels, has_avx512()},
-      {&kAvx512Bf16Kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512Bf16Kernels,
+       has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
 #endif
   };
   return all;
@@ -194,6 +195,7 @@ std::vector<std::string> cpu_features() {
   FUSEDRNN_FEATURE("avx512dq")
   FUSEDRNN_FEATURE("avx512vl")
   FUSEDRNN_FEATURE("avx512bf16")
+  FUSEDRNN_FEATURE("avx512vnni")
 #undef FUSEDRNN_FEATURE
 #endif
   return found;

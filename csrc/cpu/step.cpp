@@ -30,6 +30,17 @@ void run_layers(const StepPlan& p, const StepRows& input, const StepPart& part, 
   }
 }
 
+// Bytes for a thread, none of another's cache lines.
+int64_t step_scratch(const StepPlan& p) {
+  const auto bytes = p.kernels->step[p.storage].scratch;
+  const StepShape& s = p.shape;
+  int64_t most = 0;
+  for (const StepLayer& layer : p.layers) {
+    most = std::max({most, bytes(s.batch, layer.inputs) + bytes(s.batch, s.proj), bytes(s.batch, s.hidden)});
+  }
+  return (most + 127) / 128 * 128;
+}
+
 }  // namespace
 
 int64_t step_work(const StepPlan& p) {
@@ -43,8 +54,10 @@ int64_t step_work(const StepPlan& p) {
 
 void run_step(StepPlan& p, const StepRows& x, int threads) {
   p.backwards = !p.backwards;
+  const int64_t scratch = step_scratch(p);
+  p.scratch.resize(std::max(p.scratch.size(), static_cast<size_t>(scratch * std::max(threads, 1))));
   if (threads <= 1) {
-    run_layers(p, x, {0, 1, p.backwards}, nullptr);
+    run_layers(p, x, {0, 1, p.backwards, p.scratch.data()}, nullptr);
   } else {
     Barrier barrier;
     barrier.reset(threads);
@@ -56,7 +69,8 @@ void run_step(StepPlan& p, const StepRows& x, int threads) {
 #pragma omp single
         barrier.reset(team);
       }
-      run_layers(p, x, {omp_get_thread_num(), team, p.backwards}, team > 1 ? &barrier : nullptr);
+      const int me = omp_get_thread_num();
+      run_layers(p, x, {me, team, p.backwards, p.scratch.data() + me * scratch}, team > 1 ? &barrier : nullptr);
     }
   }
   const StepShape& s = p.shape;

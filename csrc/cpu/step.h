@@ -10,7 +10,7 @@ namespace fusedrnn {
 
 struct Kernels;
 
-// How packed weights are stored: storage.h.
+// How packed weights are stored: storage.h, step_digits.h.
 enum StepStorage { kPlain, kBFloat16, kInt8, kStorages };
 
 // Rows of a state lie `stride` apart, padded to whole vectors of every ISA level. What is made per gate
@@ -49,9 +49,12 @@ struct StepRows {
 struct StepPart {
   int member, members;
   bool backwards;  // the order of the units; what the last step read last is still in the cache
+  char* scratch;   // a thread's own: what `scratch` says for the rows of both factors of a layer
 };
 
 struct StepFunctions {
+  int together;                                  // steps of k that lie side by side in a packed weight
+  int64_t (*scratch)(int64_t batch, int64_t k);  // bytes that rows of k values take as a factor
   void (*units[4])(const StepShape&, const StepLayer&, const StepRows&, const StepPart&);  // per cell
   void (*project)(const StepShape&, const StepLayer&, const StepPart&);
 };
@@ -64,6 +67,7 @@ struct StepPlan {
   std::vector<StepLayer> layers;
   float* output;           // [B, P]
   bool backwards = false;
+  std::vector<char> scratch{};
 };
 
 // Multiply-adds of a step.

@@ -9,6 +9,13 @@
 namespace fusedrnn {
 namespace {
 
+// Rows as a product P takes them: as they are. Others have their own (step_digits.h).
+template <class P>
+struct StepFactor {
+  static int64_t bytes(int64_t, int64_t) { return 0; }
+  static const StepRows& rows(const StepRows& x, int64_t, int64_t, char*) { return x; }
+};
+
 // rows @ weight.T for `blocks` blocks of the weight's units.
 template <class P, int G>
 FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, int64_t k, const StepRows& rows, int64_t first,
@@ -37,12 +44,14 @@ void step_units(const StepShape& s, const StepLayer& l, const StepRows& x, const
   using V = VecF;
   constexpr int W = Simd<float>::kWidth, G = Cell::kGates;
   const StepRows h{l.h, s.proj_stride, 1};
+  const auto x_rows = StepFactor<P>::rows(x, s.batch, l.inputs, part.scratch);
+  const auto h_rows = StepFactor<P>::rows(h, s.batch, s.proj, part.scratch + StepFactor<P>::bytes(s.batch, l.inputs));
   float* const to = l.raw ? l.raw : l.h_new;
   const int64_t to_stride = l.raw ? s.hidden_stride : s.proj_stride;
   for_step_tiles<G>(s.hidden, s.batch, part, [&](int64_t unit_block, int64_t blocks, int64_t first, int64_t rows) {
     alignas(64) float x_acc[8 * 4 * W], h_acc[8 * 4 * W];  // [rows, blocks, G, W]
-    step_multiply<P, G>(rows, blocks, l.inputs, x, first, l.weight_ih, unit_block, x_acc);
-    step_multiply<P, G>(rows, blocks, s.proj, h, first, l.weight_hh, unit_block, h_acc);
+    step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
+    step_multiply<P, G>(rows, blocks, s.proj, h_rows, first, l.weight_hh, unit_block, h_acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W, at = u * G;
       for (int64_t r = 0; r < rows; ++r) {
@@ -71,7 +80,7 @@ void step_units(const StepShape& s, const StepLayer& l, const StepRows& x, const
 template <class P>
 void step_project(const StepShape& s, const StepLayer& l, const StepPart& part) {
   constexpr int W = Simd<float>::kWidth;
-  const StepRows raw{l.raw, s.hidden_stride, 1};
+  const auto raw = StepFactor<P>::rows({l.raw, s.hidden_stride, 1}, s.batch, s.hidden, part.scratch);
   for_step_tiles<1>(s.proj, s.batch, part, [&](int64_t unit_block, int64_t blocks, int64_t first, int64_t rows) {
     alignas(64) float acc[8 * 4 * W];  // [rows, blocks, W]
     step_multiply<P, 1>(rows, blocks, s.hidden, raw, first, l.weight_hr, unit_block, acc);
@@ -88,6 +97,7 @@ void step_project(const StepShape& s, const StepLayer& l, const StepPart& part) 
 
 template <class P>
 constexpr StepFunctions step_functions = {
+    P::kTogether, StepFactor<P>::bytes,
     {step_units<RnnTanh, P>, step_units<RnnRelu, P>, step_units<Lstm, P>, step_units<Gru, P>}, step_project<P>};
 
 }  // namespace

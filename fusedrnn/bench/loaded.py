@@ -24,7 +24,10 @@ from .timing import Times, interleave
 
 SIDES = ("torch", "fused")
 COLUMNS = ("case", "torch ms, loaded", "slowdown", "fused ms, loaded", "slowdown", "verdict")
-CASES = tuple(grid(("lstm", "gru"), (128, 256), (1, 8, 64), TIME, MODES, ("dense",)))
+CASES = (
+    *grid(("lstm", "gru"), (128, 256), (1, 8, 64), TIME, MODES, ("dense",)),
+    *grid(("lstm", "gru"), (256,), (1,), 1, ("inference",), ("step",)),
+)
 WITHIN = 2.5  # of the fair slowdown
 _SAMPLE = 0.05  # seconds: many turns of the scheduler
 # It ends with its parent, however that one ends.

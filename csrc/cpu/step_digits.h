@@ -1,8 +1,9 @@
 // A step's products with int8 weights where the CPU multiplies bytes (AVX512-VNNI), which are four times as many
 // an instruction as floats.
 //
-// A row becomes integers of 24 bits times a power of two, x = s (65536 d2 + 256 d1 + d0) with signed bytes d: as
-// exact as fp32 is at the row's largest value. Sums of integers are exact. vpdpbusd takes one factor unsigned, so
+// A row becomes integers of 32 bits times a power of two, x = s (2^24 d3 + 2^16 d2 + 2^8 d1 + d0) with signed
+// bytes d: values down to 1/128 of the row's largest are exact. So are sums of integers. (Three bytes are not
+// enough: an error of 2^-24 of the largest value in each small one was over the error budget.) vpdpbusd takes one factor unsigned, so
 // weights are stored as w + 128, in fours, [ceil(k/4)][G][W][4], and sums start from -128 times those of the
 // digits; they may wrap around on the way, as they do not at the end.
 #pragma once
@@ -14,7 +15,7 @@ namespace {
 
 struct Digits {
   using Element = uint8_t;
-  static constexpr int kTogether = 4, kPlanes = 3;
+  static constexpr int kTogether = 4, kPlanes = 4;
   static constexpr bool kScaled = true;
   static constexpr int64_t kMost = 1 << 17;  // values of a row whose sums of 127 * 128 stay below 2^31
 
@@ -61,12 +62,12 @@ struct Digits {
     uint32_t largest = 0;
     for (int j = 0; j < 16; ++j) largest = most[j] > largest ? most[j] : largest;
     largest >>= 1;
-    // An exponent whose power of two is so far above the largest value that three signed bytes hold it.
+    // An exponent whose power of two is so far above the largest value that its digits hold it.
     const uint32_t exponent = largest == 0 ? 127 : (largest + (1 << 17)) >> 23;
     r.scale[b] = 0;
-    if (exponent < 23 || exponent > 253 || r.k > kMost) return;
-    r.scale[b] = power(exponent - 22);
-    const float inverse = power(276 - exponent);
+    if (exponent < 31 || exponent > 253 || r.k > kMost) return;
+    r.scale[b] = power(exponent - 30);
+    const float inverse = power(284 - exponent);
     Ints sums[kPlanes] = {};
     for (int64_t i = 0; i < r.k; i += 16) {
       Ints rest = (Ints)_mm512_maskz_cvtps_epi32(0xffff, (__m512)(values(r, b, i) * inverse));
@@ -92,17 +93,16 @@ struct Digits {
     return value;
   }
 
-  static Ints weights(const uint8_t* weight, int64_t block, int G, int64_t group, int n) {
+  static Ints weights(const uint8_t* weight, int N, int64_t group, int n) {
     Ints fours;
-    __builtin_memcpy(&fours, weight + n / G * block + (group * G + n % G) * 64, sizeof fours);
+    __builtin_memcpy(&fours, weight + (group * N + n) * 64, sizeof fours);
     return fours;
   }
 
-  // Row b times N = blocks * G blocks of units.
-  template <int N, int G>
-  static void multiply(const Rows& r, int64_t b, const uint8_t* weight /*[NB][k/4, G, W, 4], block*/, int64_t block,
-                       float* acc /*[N, W]*/) {
-    if (r.scale[b] == 0) return multiply_plain<N, G>(r, b, weight, block, acc);
+  // Row b times a block of units with N gates.
+  template <int N>
+  static void multiply(const Rows& r, int64_t b, const uint8_t* weight /*[k/4, N, W, 4]*/, float* acc /*[N, W]*/) {
+    if (r.scale[b] == 0) return multiply_plain<N>(r, b, weight, acc);
     const int8_t* digits = r.digits + b * kPlanes * r.stride;
     Ints sums[kPlanes][N];
 #pragma GCC unroll 8
@@ -119,7 +119,7 @@ struct Digits {
       }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const Ints w = weights(weight, block, G, group, n);
+        const Ints w = weights(weight, N, group, n);
 #pragma GCC unroll 8
         for (int p = 0; p < kPlanes; ++p) {
           sums[p][n] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[p][n], (__m512i)w, (__m512i)four[p]);
@@ -134,12 +134,12 @@ struct Digits {
     }
   }
 
-  template <int N, int G>
-  static void multiply_plain(const Rows& r, int64_t b, const uint8_t* weight, int64_t block, float* acc) {
+  template <int N>
+  static void multiply_plain(const Rows& r, int64_t b, const uint8_t* weight, float* acc) {
     for (int n = 0; n < N; ++n) {
       VecF sum{};
       for (int64_t i = 0; i < r.k; ++i) {
-        const Ints w = (weights(weight, block, G, i / 4, n) >> (i % 4 * 8) & 255) - 128;
+        const Ints w = (weights(weight, N, i / 4, n) >> (i % 4 * 8) & 255) - 128;
         sum += __builtin_convertvector(w, VecF) * r.plain.data[b * r.plain.stride + i * r.plain.k_stride];
       }
       store(acc + n * 16, sum);
@@ -153,21 +153,11 @@ struct StepFactor<Digits> : Digits {};
 template <class P, int G>
 FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, int64_t k, const Digits::Rows& rows, int64_t first,
                                const void* weight, int64_t unit_block, float* acc /*[count, blocks, G, W]*/) {
-  const int64_t block = (k + 3) / 4 * G * 64, stride = blocks * G * 16;
+  const int64_t block = (k + 3) / 4 * G * 64;
   const uint8_t* from = static_cast<const uint8_t*>(weight) + unit_block * block;
   for (int64_t r = 0; r < count; ++r) {
-    float* to = acc + r * stride;
-    if constexpr (G == 1) {
-      switch (blocks) {
-        case 1: Digits::multiply<1, 1>(rows, first + r, from, block, to); break;
-        case 2: Digits::multiply<2, 1>(rows, first + r, from, block, to); break;
-        case 3: Digits::multiply<3, 1>(rows, first + r, from, block, to); break;
-        default: Digits::multiply<4, 1>(rows, first + r, from, block, to);
-      }
-    } else if (blocks == 1) {
-      Digits::multiply<G, G>(rows, first + r, from, block, to);
-    } else {
-      Digits::multiply<kLoneBlocks<G> * G, G>(rows, first + r, from, block, to);
+    for (int64_t j = 0; j < blocks; ++j) {
+      Digits::multiply<G>(rows, first + r, from + j * block, acc + (r * blocks + j) * G * 16);
     }
   }
 }

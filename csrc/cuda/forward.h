@@ -10,9 +10,9 @@
 #pragma once
 
 #include "../cells/cell.h"
-#include "exchange.h"
 #include "rows.h"
 #include "scan.h"
+#include "stream.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -25,14 +25,19 @@ template <class Cell>
 constexpr int kSaved = (Cell::kSavesGates ? Cell::kGates : 0) + (kSavesOwn<Cell> ? 1 : 0);
 
 template <class Cell, class P, template <class> class Exchange>
-__global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const FusedrnnCudaForward a, const Tile tile) {
+__global__ void __launch_bounds__(kThreads, WeightsOf<P, Cell::kGates, Exchange<typename P::Storage>>::kBlocks)
+    scan_forward_kernel(const FusedrnnCudaForward a, const Tile tile) {
   using S = typename P::Storage;
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
-  constexpr bool kDeferred = Exchange<S>::kTogether == Together::kGrid;
+  constexpr bool kOneStep = Exchange<S>::kOneStep, kDeferred = Exchange<S>::kTogether == Together::kGrid;
   if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
+  if constexpr (kOneStep) let_next_launch_begin();
   const int64_t H = a.hidden, direction = tile.direction();
   const int first_row = tile.first_row();
   const uint8_t* resets = a.resets == nullptr ? nullptr : a.resets + direction * a.rows;
+  const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 1);
+  const int64_t first = kOneStep ? tile.step : 0, end = kOneStep ? first + 1 : steps.count();
+  if (kOneStep && first >= steps.count()) return wait_for_last_launch();
 
   const S* x_gates = static_cast<const S*>(a.x_gates) + direction * a.rows * G * H;
   const S* start = static_cast<const S*>(a.start) + direction * a.batch * H;
@@ -42,13 +47,12 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 
   unsigned char* shared = dynamic_shared();
   float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
-  uint4* held = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(G));
+  uint4* kept = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + (kOneStep ? 0 : tile.sums_bytes(G)));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
   const uint4* weight = static_cast<const uint4*>(a.weight) + direction * G * H * pieces;
-  const Weights<P, G, Exchange<S>::kRegisters> weights(tile, weight, H, pieces, held);
+  WeightsOf<P, G, Exchange<S>> weights(tile, weight, H, pieces, kept);
   Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
   if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
-  const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 1);
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
 
   float bias[G] = {}, states[kMost][kStates] = {};
@@ -62,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
 #pragma unroll
   for (int e = 0; e < kMost; ++e) {
     for (int s = 0; s < kStates; ++s) {
-      if (own.has(e)) states[e][s] = *state(s, e);
+      if (own.has(e)) states[e][s] = load_fresh(state(s, e));
     }
   }
 
@@ -77,19 +81,19 @@ __global__ void __launch_bounds__(kThreads, 1) scan_forward_kernel(const Fusedrn
     }
   };
 
-  Span before = steps.at(-1), now = steps.at(0);
+  Span before = steps.at(first - 1), now = steps.at(first);
   unsigned reset = own.reset(resets, now);
   load_x(now);
-  for (int64_t i = 0; i < steps.count(); ++i) {
-    const Span next = steps.at(i + 1);
+  for (int64_t i = first; i < end; ++i) {
+    const Span next = kOneStep ? Span{0, 0} : steps.at(i + 1);
     const unsigned next_reset = own.reset(resets, next);
     // Rows that do not run have no product that anybody reads.
-    exchange.receive(i, [&](int row) -> const S* {
+    const auto vector = [&](int row) -> const S* {
       const int b = first_row + row;
       if (b >= now.size || (resets != nullptr && resets[now.first + b] != 0)) return nullptr;
       return b < before.size ? output + (before.first + b) * a.output_row : start + int64_t{b} * H;
-    });
-    multiply_rows(tile, weights, exchange.vectors(i), sums);
+    };
+    multiply_rows(tile, weights, exchange, i, vector, sums);
     if (!planted(Race::kNoBlockBarrier)) __syncthreads();
 
     // Backward's values of a row, where nobody waits for them.

@@ -43,21 +43,7 @@ __global__ void __launch_bounds__(kThreads, WeightsOf<P, 1, Exchange<typename P:
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
   const uint4* weight = static_cast<const uint4*>(a.weight) + direction * H * G * pieces;
   WeightsOf<P, 1, Exchange<S>> weights(tile, weight, H, pieces, kept);
-  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
-  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
-
-  // Of the states after a step, but for what comes through the weights from the step that is later in time.
-  float d_states[kMost][kStates] = {};
-  const auto d_state = [&](int s, int e) {
-    return a.d_states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
-  };
-#pragma unroll
-  for (int e = 0; e < kMost; ++e) {
-    for (int s = 0; s < kStates; ++s) {
-      if (own.has(e)) d_states[e][s] = load_fresh(d_state(s, e));
-    }
-  }
 
   // What a step reads: of its own rows, and of those before it in the order of forward.
   S gates[kMost][G] = {}, own_extra[kMost] = {}, d_output[kMost] = {}, old_hidden[kMost] = {};
@@ -89,6 +75,21 @@ __global__ void __launch_bounds__(kThreads, WeightsOf<P, 1, Exchange<typename P:
   Span later = steps.at(first - 1), now = steps.at(first), before = steps.at(first + 1);
   unsigned reset = own.reset(resets, now);
   load(now, before, reset);
+
+  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
+  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
+  // Of the states after a step, but for what comes through the weights from the step that is later in time.
+  float d_states[kMost][kStates] = {};
+  const auto d_state = [&](int s, int e) {
+    return a.d_states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
+  };
+#pragma unroll
+  for (int e = 0; e < kMost; ++e) {
+    for (int s = 0; s < kStates; ++s) {
+      if (own.has(e)) d_states[e][s] = load_fresh(d_state(s, e));
+    }
+  }
+
   for (int64_t i = first;; ++i) {
     const Span next = steps.at(i + 2);
     const unsigned next_reset = own.reset(resets, before);

@@ -25,7 +25,6 @@ enum class Together { kNone, kGrid, kCluster };
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that a block can have
-  int capability;    // 90 is sm_90
 };
 
 struct Config {
@@ -226,15 +225,18 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
 // ---- host ----------------------------------------------------------------------------------------------------
 
 inline int device(Device& found) {
-  int id, major, minor;
+  int id;
   if (int error = cudaGetDevice(&id)) return error;
   if (int error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, id)) return error;
-  if (int error = cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) {
-    return error;
-  }
-  if (int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
-  if (int error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
-  found.capability = 10 * major + minor;
+  return cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+}
+
+// What the code that this GPU runs of a kernel was compiled for: 90 is sm_90. A GPU may be newer than its code.
+template <class... Args>
+int compiled_for(void (*kernel)(Args...), int& capability) {
+  cudaFuncAttributes found;
+  if (int error = cudaFuncGetAttributes(&found, kernel)) return error;
+  capability = found.ptxVersion;
   return 0;
 }
 
@@ -293,14 +295,16 @@ int launch(void (*kernel)(Args...), const Config& c, Args... args) {
 
 // Launches for step 0 .. count - 1, of Together::kNone. The first waits for all that the stream did before.
 template <class Arguments, class Tile>
-int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, const Device& on, int64_t count,
-                 const Arguments& arguments, Tile tile) {
+int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count, const Arguments& arguments,
+                 Tile tile) {
   Attributes made;
   if (int error = prepare(kernel, c, made)) return error;
+  int capability;
+  if (int error = compiled_for(kernel, capability)) return error;
   made.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   made.attribute.val.programmaticStreamSerializationAllowed = 1;
   for (tile.step = 0; tile.step < count; ++tile.step) {
-    made.config.numAttrs = tile.step > 0 && on.capability >= 90 ? 1 : 0;
+    made.config.numAttrs = tile.step > 0 && capability >= 90 ? 1 : 0;
     if (int error = cudaLaunchKernelEx(&made.config, kernel, arguments, tile)) return error;
   }
   return 0;

@@ -248,7 +248,13 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 // ---- host ----------------------------------------------------------------------------------------------------
 
 inline int device(Device& found) {
-  found = {machine.multiprocessors, machine.shared_bytes, 90};
+  found = {machine.multiprocessors, machine.shared_bytes};
+  return 0;
+}
+
+template <class... Args>
+int compiled_for(void (*)(Args...), int& capability) {
+  capability = 90;
   return 0;
 }
 
@@ -267,8 +273,8 @@ int launch(void (*kernel)(Args...), const Config& c, Args... args) {
 }
 
 template <class Arguments, class Tile>
-int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, const Device&, int64_t count,
-                 const Arguments& arguments, const Tile& tile) {
+int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count, const Arguments& arguments,
+                 const Tile& tile) {
   const auto body = [=](int64_t step) {
     Tile of_step = tile;
     of_step.step = step;

@@ -2,7 +2,7 @@
 // the gates' recurrent halves. An exchange has
 //
 //   kTogether   which blocks have to run at once
-//   kOneStep    whether a launch takes one step, or all of them; then the rest is stream.h's
+//   kOneStep    whether a launch takes one step instead of all: then vectors come as the weights do (stream.h)
 //   kMost       elements of a thread
 //   kRegisters  what that leaves to a product, so that nothing spills
 //   bytes(tile)             that it needs of the shared memory

@@ -1,12 +1,12 @@
 // The forward scan of a tile of the batch, for any cell, product and exchange.
 //
-// What a step must cost. The weights never move, so of memory there is what each row needs anyway: G*H values
-// in, H out, and what backward wants, (SAVED + 2) * H. Of products there are 2 * G*H * H flops a row: LSTM,
-// H = 1024, 8 rows on 64 blocks are 1 Mflop a block, 0.3 us at a third of the tensor cores' rate. So a step is
-// latency: of one block two barriers, a chain of K / 16 / slices matrix instructions, a round through shared
-// memory and three transcendental functions one after the other; of a grid another round through L2 (0.8 to
-// 1.2 us). Hence what nobody waits for comes after what somebody waits for: saved values and the next step's
-// x_gates move while the blocks meet.
+// What a step must cost where the weights fit on chip (stream.h: where not). They never move, so of memory there
+// is what each row needs anyway: G*H values in, H out, and what backward wants, (SAVED + 2) * H. Of products
+// there are 2 * G*H * H flops a row: LSTM, H = 1024, 8 rows on 64 blocks are 1 Mflop a block, 0.3 us at a third
+// of the tensor cores' rate. So a step is latency: of one block two barriers, a chain of K / 16 / slices matrix
+// instructions, a round through shared memory and three transcendental functions one after the other; of a grid
+// another round through L2 (0.8 to 1.2 us). Hence what nobody waits for comes after what somebody waits for:
+// saved values and the next step's x_gates move while the blocks meet.
 #pragma once
 
 #include "../cells/cell.h"
@@ -51,25 +51,13 @@ __global__ void __launch_bounds__(kThreads, WeightsOf<P, Cell::kGates, Exchange<
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
   const uint4* weight = static_cast<const uint4*>(a.weight) + direction * G * H * pieces;
   WeightsOf<P, G, Exchange<S>> weights(tile, weight, H, pieces, kept);
-  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
-  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
 
-  float bias[G] = {}, states[kMost][kStates] = {};
-  const auto state = [&](int s, int e) {
-    return a.states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
-  };
+  float bias[G] = {};
   if (a.bias != nullptr && own.unit < H) {
 #pragma unroll
     for (int g = 0; g < G; ++g) bias[g] = to_float(static_cast<const S*>(a.bias)[(direction * G + g) * H + own.unit]);
   }
-#pragma unroll
-  for (int e = 0; e < kMost; ++e) {
-    for (int s = 0; s < kStates; ++s) {
-      if (own.has(e)) states[e][s] = load_fresh(state(s, e));
-    }
-  }
-
   S x[kMost][G] = {};
   const auto load_x = [&](const Span& span) {
 #pragma unroll
@@ -80,10 +68,23 @@ __global__ void __launch_bounds__(kThreads, WeightsOf<P, Cell::kGates, Exchange<
       for (int g = 0; g < G; ++g) x[e][g] = from[g * H];
     }
   };
-
   Span before = steps.at(first - 1), now = steps.at(first);
   unsigned reset = own.reset(resets, now);
   load_x(now);
+
+  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
+  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
+  float states[kMost][kStates] = {};
+  const auto state = [&](int s, int e) {
+    return a.states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
+  };
+#pragma unroll
+  for (int e = 0; e < kMost; ++e) {
+    for (int s = 0; s < kStates; ++s) {
+      if (own.has(e)) states[e][s] = load_fresh(state(s, e));
+    }
+  }
+
   for (int64_t i = first; i < end; ++i) {
     const Span next = kOneStep ? Span{0, 0} : steps.at(i + 1);
     const unsigned next_reset = own.reset(resets, next);

@@ -82,7 +82,11 @@ int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, con
   using E = Exchange<typename P::Storage>;
   Device on;
   if (int error = device(on)) return error;
-  if (E::kTogether == Together::kCluster && on.capability < 90) return kFusedrnnCudaTooLarge;
+  if (E::kTogether == Together::kCluster) {
+    int capability;
+    if (int error = compiled_for(kernel, capability)) return error;
+    if (capability < 90) return kFusedrnnCudaTooLarge;
+  }
   Plan found{};
   int64_t batch = a.batch;
   int directions = a.directions;
@@ -144,7 +148,7 @@ int run_steps(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_
     const int now = tiles - tile.first_tile < kMostTiles ? tiles - tile.first_tile : kMostTiles;
     const dim3 grid(ceil_div(a.hidden, kWarpUnits), now, a.directions);
     const Config config{grid, kThreads, shared, Together::kNone, *stream};
-    if (int error = launch_steps(kernel, config, on, steps, a, tile)) return error;
+    if (int error = launch_steps(kernel, config, steps, a, tile)) return error;
   }
   return 0;
 }

@@ -6,7 +6,8 @@
 // same, so these 16 bytes are what the lane holds of two instructions' fragments: one load instead of four,
 // and the same for every type.
 //
-// The weights of a warp stay on chip for all steps: in registers as far as they go, the rest in shared memory.
+// Where they fit, the weights of a warp stay on chip for all steps: in registers as far as those go, the rest
+// in shared memory. Else stream.h brings them.
 #pragma once
 
 #include "device.h"

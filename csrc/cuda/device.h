@@ -299,6 +299,11 @@ int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count
                  Tile tile) {
   Attributes made;
   if (int error = prepare(kernel, c, made)) return error;
+  // Blocks of the next launch need room beside those of this one.
+  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared)) {
+    return error;
+  }
   int capability;
   if (int error = compiled_for(kernel, capability)) return error;
   made.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -28,8 +28,8 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", 
 SCANS = ("scan", "scan_rnn_tanh", "scan_rnn_relu", "scan_lstm", "scan_gru")
 
 ORDERS = ("forward", "reversed", "random", "eager", "lagging")
-RACES = ("none", "wait", "barrier before arrival", "barrier in a block", "second buffer")
-SCHEDULES = ("cta", "grid", "cluster")
+RACES = ("none", "wait", "barrier before arrival", "barrier in a block", "second buffer", "wait for a launch")
+SCHEDULES = ("cta", "grid", "cluster", "stepped")
 INVALID, TOO_LARGE, DEADLOCK = -1, -2, -3
 
 
@@ -147,14 +147,14 @@ def on_fibers(
     """Run CPU tensors by the CUDA kernels; yields the passes that ran, each with its schedule.
 
     Args:
-        schedule: one of SCHEDULES, where it can hold the weights; None leaves the choice to the backend.
+        schedule: one of SCHEDULES, where it fits; None leaves the choice to the backend.
         order: who runs when several threads can, one of ORDERS; drawn with `seed` if random.
         multiprocessors, shared: of the GPU: how many blocks run at once, and bytes of shared memory of each.
         race: what is left out, one of RACES.
 
     Raises:
         ScanError: by a launch that fails.
-        BackendError: by a call whose weights do not fit.
+        BackendError: by a call that no schedule takes.
     """
     kernels = Kernels(schedule)
     kernels.run.fusedrnn_fibers_machine(ORDERS.index(order), seed, multiprocessors, shared, RACES.index(race))

@@ -11,7 +11,7 @@ from fusedrnn.cells import CELLS as STEPS
 from fusedrnn.testing import assert_parity, draw_inputs
 
 fibers = pytest.importorskip("fibers")
-from fibers import ORDERS, RACES, SCHEDULES, ScanError, on_fibers  # noqa: E402
+from fibers import ORDERS, SCHEDULES, ScanError, on_fibers  # noqa: E402
 from gpu_layers import CELLS, DTYPES, make  # noqa: E402
 from pieces import draw, in_pieces, resetting  # noqa: E402
 
@@ -63,6 +63,16 @@ def test_weights_in_shared_memory(cell):
     module = make(cell, 3, 100)
     with on_fibers("cta", shared=256 << 10):
         assert_parity(module, inputs=draw_inputs(module, time=2, batch=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_streamed_weights(cell, dtype):
+    """Several chunks of K for each warp, tiles of 8 to 32 rows, rings of 2 to 4 chunks."""
+    for hidden, batch, shared, lengths in ((280, 2, 227, None), (136, 33, 99, [2] * 20 + [1] * 13)):
+        module = make(cell, 3, hidden, DTYPES[dtype])
+        with on_fibers("stepped", shared=shared << 10):
+            assert_parity(module, inputs=draw_inputs(module, time=2, batch=batch, lengths=lengths))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -120,10 +130,15 @@ def test_tf32(monkeypatch):
 
 @pytest.mark.parametrize(
     ("schedule", "race"),
-    [("grid", race) for race in RACES[1:4]] + [("cluster", race) for race in (RACES[1], *RACES[3:])],
+    [
+        *(("grid", race) for race in ("wait", "barrier before arrival", "barrier in a block")),
+        *(("cluster", race) for race in ("wait", "barrier in a block", "second buffer")),
+        *(("stepped", race) for race in ("wait", "barrier in a block", "second buffer", "wait for a launch")),
+    ],
 )
 def test_a_race_is_caught(schedule, race):
-    module = make("gru", 5, 40, torch.bfloat16)
+    # stepped: more than one chunk of K for a warp
+    module = make("gru", 5, 40, torch.float32 if schedule == "stepped" else torch.bfloat16)
     inputs = draw_inputs(module, time=5, batch=2)
     caught = []
     for order in ORDERS:
@@ -142,8 +157,9 @@ def test_what_does_not_fit_is_refused():
         ("cta", 128, {"shared": 32 << 10}),  # weights
         ("cluster", 1025, {}),  # more blocks than a cluster may have
         ("grid", 512, {"shared": 48 << 10, "multiprocessors": 8}),
+        ("stepped", 8, {"shared": 64 << 10}),  # two chunks
     ):
         module = make("lstm", 3, hidden)
-        with on_fibers(schedule, **limits) as ran, pytest.raises(fusedrnn.BackendError, match="do not fit"):
+        with on_fibers(schedule, **limits) as ran, pytest.raises(fusedrnn.BackendError, match="no schedule"):
             module(torch.zeros(2, 1, 3))
         assert not ran

@@ -79,6 +79,19 @@ def test_parity(cell, dtype, ran):
 
 
 @needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_more_than_a_chip_holds(cell, monkeypatch):
+    """Every H runs: the weights come from memory in every step."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    hidden = 130 if not ON_GPU else 2048 if cell in ("lstm", "gru") else 4096
+    with recorded() if ON_GPU else on_fibers(multiprocessors=1, shared=99 << 10) as ran:
+        module = make(cell, 64, hidden, device=DEVICE, bidirectional=True)
+        for lengths in (None, [3, 1, 2]):
+            assert_parity(module, inputs=draw_inputs(module, time=3, batch=3, lengths=lengths))
+    assert set(ran) == {("forward", "stepped"), ("backward", "stepped")}
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projection(dtype, ran):
     gpu_layers.projection(DTYPES[dtype], DEVICE)
@@ -154,27 +167,32 @@ def test_compiled_graphs_know_what_is_saved(ran):
 
 
 @needs_fibers
-def test_what_does_not_fit_is_refused_before_a_launch(ran):
+def test_what_does_not_fit_is_refused_before_a_launch():
+    """By a GPU with too little shared memory for any schedule; on others every H fits."""
     request = select.Request("lstm", torch.float32, "cpu", hidden=1000)
-    assert select.against("native", request._replace(hidden=None)) is None
-    reason = select.against("native", request) or ""
-    assert "those of lstm with H = 1000 do not fit" in reason
+    with on_fibers():
+        assert select.against("native", request) is None
     module = make("lstm", 2, 1000)
-    with pytest.raises(fusedrnn.BackendError, match="H = 1000 do not fit"):
-        module(torch.zeros(2, 1, 2))
-    with fusedrnn.use_backend("auto"), pytest.warns(UserWarning, match="H = 1000 do not fit"):
-        choice = explain(module, torch.zeros(2, 1, 2))
-    assert choice.backend == "torch"
-    assert "H = 1000 do not fit" in choice.why_not["native"]
+    reason = "has no schedule for lstm with H = 1000 on this GPU"
+    with on_fibers(shared=48 << 10) as ran:
+        assert select.against("native", request._replace(hidden=None)) is None
+        assert reason in (select.against("native", request) or "")
+        with pytest.raises(fusedrnn.BackendError, match=reason):
+            module(torch.zeros(2, 1, 2))
+        with fusedrnn.use_backend("auto"), pytest.warns(UserWarning, match=reason):
+            choice = explain(module, torch.zeros(2, 1, 2))
+        assert choice.backend == "torch"
+        assert reason in choice.why_not["native"]
     assert not ran
 
 
 @needs_fibers
-def test_a_benchmark_leaves_out_what_does_not_fit(ran, capsys):
+def test_a_benchmark_leaves_out_what_does_not_fit(capsys):
     small, large = (Case("gru", hidden, 1, 1, "inference", "dense") for hidden in (8, 2000))
     plan = [("named", small), ("named", large)]
-    assert command._runnable(plan, DEVICES["cpu"]()) == plan[:1]
-    assert "not measured: native holds all weights on chip" in capsys.readouterr().out
+    with on_fibers("cta"):
+        assert command._runnable(plan, DEVICES["cpu"]()) == plan[:1]
+    assert "not measured: native has no schedule for gru with H = 2000" in capsys.readouterr().out
 
 
 @needs_fibers

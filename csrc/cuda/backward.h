@@ -14,14 +14,19 @@ namespace fusedrnn::cuda {
 namespace {
 
 template <class Cell, class P, template <class> class Exchange>
-__global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const FusedrnnCudaBackward a, const Tile tile) {
+__global__ void __launch_bounds__(kThreads, WeightsOf<P, 1, Exchange<typename P::Storage>>::kBlocks)
+    scan_backward_kernel(const FusedrnnCudaBackward a, const Tile tile) {
   using S = typename P::Storage;
   constexpr int G = Cell::kGates, kStates = Cell::kStates, kMost = Exchange<S>::kMost;
-  constexpr bool kSplit = Cell::kSplitGate >= 0;
+  constexpr bool kOneStep = Exchange<S>::kOneStep, kSplit = Cell::kSplitGate >= 0;
   if constexpr (Exchange<S>::kTogether == Together::kCluster && FUSEDRNN_ARCH < 900) return;
+  if constexpr (kOneStep) let_next_launch_begin();
   const int64_t H = a.hidden, direction = tile.direction();
   const int first_row = tile.first_row();
   const uint8_t* resets = a.resets == nullptr ? nullptr : a.resets + direction * a.rows;
+  const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 0);
+  const int64_t first = kOneStep ? tile.step : 0;
+  if (kOneStep && first > steps.count()) return wait_for_last_launch();
 
   const S* saved = static_cast<const S*>(a.saved) + direction * a.saved_direction;
   const float* cells = a.cells + direction * a.rows * H;
@@ -34,26 +39,11 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
 
   unsigned char* shared = dynamic_shared();
   float* sums = reinterpret_cast<float*>(shared + Exchange<S>::bytes(tile));
-  uint4* held = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + tile.sums_bytes(1));
+  uint4* kept = reinterpret_cast<uint4*>(shared + Exchange<S>::bytes(tile) + (kOneStep ? 0 : tile.sums_bytes(1)));
   const int pieces = static_cast<int>(ceil_div(H * sizeof(S), 16));
   const uint4* weight = static_cast<const uint4*>(a.weight) + direction * H * G * pieces;
-  const Weights<P, 1, Exchange<S>::kRegisters> weights(tile, weight, H, pieces, held);
-  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
-  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
-  const Steps steps(a.offsets, a.lengths, a.time, a.batch, first_row, direction == 0);
+  WeightsOf<P, 1, Exchange<S>> weights(tile, weight, H, pieces, kept);
   const Own<kMost> own(tile, a.batch, static_cast<int>(H));
-
-  // Of the states after a step, but for what comes through the weights from the step that is later in time.
-  float d_states[kMost][kStates] = {};
-  const auto d_state = [&](int s, int e) {
-    return a.d_states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
-  };
-#pragma unroll
-  for (int e = 0; e < kMost; ++e) {
-    for (int s = 0; s < kStates; ++s) {
-      if (own.has(e)) d_states[e][s] = *d_state(s, e);
-    }
-  }
 
   // What a step reads: of its own rows, and of those before it in the order of forward.
   S gates[kMost][G] = {}, own_extra[kMost] = {}, d_output[kMost] = {}, old_hidden[kMost] = {};
@@ -82,18 +72,33 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
     }
   };
 
-  Span later = steps.at(-1), now = steps.at(0), before = steps.at(1);
+  Span later = steps.at(first - 1), now = steps.at(first), before = steps.at(first + 1);
   unsigned reset = own.reset(resets, now);
   load(now, before, reset);
-  for (int64_t i = 0;; ++i) {
+
+  Exchange<S> exchange(tile, static_cast<int>(H), shared, a.counters);
+  if (blockIdx.x * tile.units() >= H) return;  // there are as many blocks as a cluster must have
+  // Of the states after a step, but for what comes through the weights from the step that is later in time.
+  float d_states[kMost][kStates] = {};
+  const auto d_state = [&](int s, int e) {
+    return a.d_states + ((s * int64_t{a.directions} + direction) * a.batch + own.sequence(e)) * H + own.unit;
+  };
+#pragma unroll
+  for (int e = 0; e < kMost; ++e) {
+    for (int s = 0; s < kStates; ++s) {
+      if (own.has(e)) d_states[e][s] = load_fresh(d_state(s, e));
+    }
+  }
+
+  for (int64_t i = first;; ++i) {
     const Span next = steps.at(i + 2);
     const unsigned next_reset = own.reset(resets, before);
-    exchange.receive(i, [&](int row) -> const S* {
+    const auto vector = [&](int row) -> const S* {
       const int b = first_row + row;
       if (b >= later.size || (resets != nullptr && resets[later.first + b] != 0)) return nullptr;
       return d_h_gates + (later.first + b) * G * H;
-    });
-    multiply_rows(tile, weights, exchange.vectors(i), sums);
+    };
+    multiply_rows(tile, weights, exchange, i, vector, sums);
     if (!planted(Race::kNoBlockBarrier)) __syncthreads();
 #pragma unroll
     for (int e = 0; e < kMost; ++e) {
@@ -140,6 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1) scan_backward_kernel(const Fusedr
         for (int g = 0; g < G; ++g) to[g * H] = from_float<S>(d_x[e][g]);
       }
     }
+    if (kOneStep) break;
     load(before, next, next_reset);
     later = now;
     now = before;

@@ -17,7 +17,7 @@
 namespace fusedrnn::cuda {
 
 // What a test can leave out, to see that it is missed.
-enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier, kOneBuffer };
+enum class Race { kNone, kNoWait, kEarlyArrival, kNoBlockBarrier, kOneBuffer, kOverlap };
 
 // Which blocks of a launch have to run at once: none, all of it, or those of a row of the grid.
 enum class Together { kNone, kGrid, kCluster };
@@ -25,7 +25,6 @@ enum class Together { kNone, kGrid, kCluster };
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that a block can have
-  int capability;    // 90 is sm_90
 };
 
 struct Config {
@@ -116,6 +115,27 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// What a thread has asked for since the last time is a group. Waits for all groups but the last few.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void copies_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Between the launches of launch_steps(), which from sm_90 on overlap: the next one may begin as soon as all blocks
+// of this one say so, and sees what this one stores only after waiting until all of it has ended. Every block has to
+// wait, or the launch after the next could begin too early.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if FUSEDRNN_ARCH >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_last_launch() {
+#if FUSEDRNN_ARCH >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A counter in global memory that only grows. Whoever waits until it is at least `target` sees what those
 // who arrived had seen; differences are taken, so it may wrap.
 __device__ __forceinline__ void arrive(uint32_t* counter) {
@@ -205,15 +225,18 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
 // ---- host ----------------------------------------------------------------------------------------------------
 
 inline int device(Device& found) {
-  int id, major, minor;
+  int id;
   if (int error = cudaGetDevice(&id)) return error;
   if (int error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, id)) return error;
-  if (int error = cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id)) {
-    return error;
-  }
-  if (int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id)) return error;
-  if (int error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id)) return error;
-  found.capability = 10 * major + minor;
+  return cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+}
+
+// What the code that this GPU runs of a kernel was compiled for: 90 is sm_90. A GPU may be newer than its code.
+template <class... Args>
+int compiled_for(void (*kernel)(Args...), int& capability) {
+  cudaFuncAttributes found;
+  if (int error = cudaFuncGetAttributes(&found, kernel)) return error;
+  capability = found.ptxVersion;
   return 0;
 }
 
@@ -268,6 +291,28 @@ int launch(void (*kernel)(Args...), const Config& c, Args... args) {
   Attributes made;
   if (int error = prepare(kernel, c, made)) return error;
   return cudaLaunchKernelEx(&made.config, kernel, args...);
+}
+
+// Launches for step 0 .. count - 1, of Together::kNone. The first waits for all that the stream did before.
+template <class Arguments, class Tile>
+int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count, const Arguments& arguments,
+                 Tile tile) {
+  Attributes made;
+  if (int error = prepare(kernel, c, made)) return error;
+  // Blocks of the next launch need room beside those of this one.
+  if (int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                       cudaSharedmemCarveoutMaxShared)) {
+    return error;
+  }
+  int capability;
+  if (int error = compiled_for(kernel, capability)) return error;
+  made.attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  made.attribute.val.programmaticStreamSerializationAllowed = 1;
+  for (tile.step = 0; tile.step < count; ++tile.step) {
+    made.config.numAttrs = tile.step > 0 && capability >= 90 ? 1 : 0;
+    if (int error = cudaLaunchKernelEx(&made.config, kernel, arguments, tile)) return error;
+  }
+  return 0;
 }
 
 }  // namespace fusedrnn::cuda

@@ -132,13 +132,24 @@ inline void copy_async(void* shared, const void* global) {
   memset(shared, 0xFF, 16);
   launched->current->copies.push_back({shared, global});
 }
-inline void copies_wait() {
+// The first of those asked for arrive.
+inline void copies_arrive(size_t count) {
   yield();
-  for (const Copy& copy : launched->current->copies) {
-    memcpy(copy.to, copy.from, 16);
-  }
-  launched->current->copies.clear();
+  std::vector<Copy>& copies = launched->current->copies;
+  for (size_t i = 0; i < count; ++i) memcpy(copies[i].to, copies[i].from, 16);
+  copies.erase(copies.begin(), copies.begin() + count);
+  for (size_t& end : launched->current->groups) end -= end < count ? end : count;
 }
+inline void copies_wait() { copies_arrive(launched->current->copies.size()); }
+inline void copies_commit() { launched->current->groups.push_back(launched->current->copies.size()); }
+template <int kGroups>
+void copies_wait_but() {
+  const std::vector<size_t>& groups = launched->current->groups;
+  if (groups.size() > kGroups) copies_arrive(groups[groups.size() - 1 - kGroups]);
+}
+
+inline void let_next_launch_begin() {}
+inline void wait_for_last_launch() { wait_for_launch(launched->current->launch - 1); }
 
 inline void arrive(uint32_t* counter) {
   count(counter);
@@ -237,7 +248,13 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 // ---- host ----------------------------------------------------------------------------------------------------
 
 inline int device(Device& found) {
-  found = {machine.multiprocessors, machine.shared_bytes, 90};
+  found = {machine.multiprocessors, machine.shared_bytes};
+  return 0;
+}
+
+template <class... Args>
+int compiled_for(void (*)(Args...), int& capability) {
+  capability = 90;
   return 0;
 }
 
@@ -252,7 +269,18 @@ constexpr int kDeadlock = -3;  // kFusedrnnCudaDeadlock
 
 template <class... Args>
 int launch(void (*kernel)(Args...), const Config& c, Args... args) {
-  return run(c.grid, c.threads, c.shared, [=] { kernel(args...); }) ? 0 : kDeadlock;
+  return run(c.grid, c.threads, c.shared, 1, [=](int64_t) { kernel(args...); }) ? 0 : kDeadlock;
+}
+
+template <class Arguments, class Tile>
+int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count, const Arguments& arguments,
+                 const Tile& tile) {
+  const auto body = [=](int64_t step) {
+    Tile of_step = tile;
+    of_step.step = step;
+    kernel(arguments, of_step);
+  };
+  return run(c.grid, c.threads, c.shared, count, body) ? 0 : kDeadlock;
 }
 
 }  // namespace fusedrnn::cuda

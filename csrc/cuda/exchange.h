@@ -2,6 +2,7 @@
 // the gates' recurrent halves. An exchange has
 //
 //   kTogether   which blocks have to run at once
+//   kOneStep    whether a launch takes one step instead of all: then vectors come as the weights do (stream.h)
 //   kMost       elements of a thread
 //   kRegisters  what that leaves to a product, so that nothing spills
 //   bytes(tile)             that it needs of the shared memory
@@ -18,6 +19,31 @@
 namespace fusedrnn::cuda {
 namespace {
 
+// Whether the gates of a row are whole pieces of 16 bytes.
+template <class S>
+__device__ __forceinline__ bool are_pieces(const S* row /*[gates, hidden]*/, int hidden) {
+  return reinterpret_cast<uintptr_t>(row) % 16 == 0 && hidden * sizeof(S) % 16 == 0;
+}
+
+// Starts to copy 16 bytes of one gate's values from the k-th on. Zeros are beyond their end, and where there are none.
+template <class S>
+__device__ __forceinline__ void copy_piece(void* to, const S* values /*[hidden] or null*/, int k, int hidden,
+                                           bool aligned) {
+  if (values == nullptr || k >= hidden) {
+    *static_cast<uint4*>(to) = {0, 0, 0, 0};
+  } else if (aligned) {
+    copy_async(to, values + k);
+  } else {
+    constexpr int kPer = 16 / sizeof(S);
+    S piece[kPer] = {};
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (k + i < hidden) piece[i] = load_fresh(values + k + i);
+    }
+    memcpy(to, piece, sizeof piece);
+  }
+}
+
 // Copies the chunks of the warp's slice from memory; the warps of one slice take turns.
 template <class S, class Source>
 __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source source,
@@ -30,7 +56,7 @@ __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source sour
   for (int n = 0; n < tile.row_tiles; ++n) {
     const int row = n * kColumns + lane() / 4;
     const S* from = source(row);
-    const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && hidden % kPer == 0;
+    const bool aligned = are_pieces(from, hidden);
     int gate = first_gate;
 #pragma unroll 1
     for (int chunk = first; chunk < end; chunk += tile.unit_warps) {
@@ -38,19 +64,7 @@ __device__ __forceinline__ void gather(const Tile& tile, int hidden, Source sour
       while (chunk >= (gate + 1) * tile.gate_chunks) ++gate;
       const int k = ((chunk - gate * tile.gate_chunks) * 4 + lane() % 4) * kPer;
       unsigned char* to = vectors + row * tile.row_bytes() + chunk * kChunkBytes + lane() % 4 * 16;
-      const S* piece = from + int64_t{gate} * hidden + k;
-      if (from == nullptr || k >= hidden) {
-        *reinterpret_cast<uint4*>(to) = {0, 0, 0, 0};
-      } else if (aligned) {
-        copy_async(to, piece);
-      } else {
-        S values[kPer] = {};
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-          if (k + i < hidden) values[i] = load_fresh(piece + i);
-        }
-        memcpy(to, values, sizeof values);
-      }
+      copy_piece(to, from == nullptr ? nullptr : from + int64_t{gate} * hidden, k, hidden, aligned);
     }
   }
   copies_wait();
@@ -61,6 +75,7 @@ template <class S>
 class Cta {
  public:
   static constexpr Together kTogether = Together::kNone;
+  static constexpr bool kOneStep = false;
   static constexpr int kMost = 4, kRegisters = 104;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
@@ -99,6 +114,7 @@ template <class S>
 class Grid {
  public:
   static constexpr Together kTogether = Together::kGrid;
+  static constexpr bool kOneStep = false;
   static constexpr int kMost = 2, kRegisters = 136;
 
   static __device__ __host__ int bytes(const Tile& tile) { return tile.vector_bytes(); }
@@ -145,6 +161,7 @@ template <class S>
 class Cluster {
  public:
   static constexpr Together kTogether = Together::kCluster;
+  static constexpr bool kOneStep = false;
   static constexpr int kMost = 2, kRegisters = 144;
 
   static __device__ __host__ int bytes(const Tile& tile) { return 2 * tile.vector_bytes() + 2 * sizeof(Arrivals); }

@@ -3,7 +3,8 @@
 // Every thread of every block is a fiber. One runs until it has to wait for others: at a barrier, in an
 // instruction of a whole warp, for a counter. Who goes on is up to the order, so that races show: in `eager`
 // one block runs as far ahead as it can, in `random` any fiber that can goes next. Shared memory starts as
-// NaN. A launch in which all wait for each other ends as an error.
+// NaN. A launch in which all wait for each other ends as an error. Of several launches the next one begins with its
+// predecessor, after all before that have ended.
 #pragma once
 
 #include <setjmp.h>
@@ -65,10 +66,12 @@ struct Fiber {
   ucontext_t context;
   jmp_buf at;
   bool started = false;
-  int64_t number;  // in the launch
+  int64_t number;  // in all launches
+  int64_t launch;
   dim3 thread, block;
   Block* of;
   std::vector<Copy> copies;
+  std::vector<size_t> groups;  // where each ends in `copies`
   uint32_t target;  // of the counter that it waits for
 };
 
@@ -76,8 +79,9 @@ struct Launch {
   jmp_buf scheduler;
   Fiber* current = nullptr;
   dim3 grid;
-  std::function<void()> body;
-  int64_t running;
+  std::function<void(int64_t)> body;
+  uint32_t fibers_each;         // of a launch
+  std::vector<uint32_t> ended;  // fibers of each launch
   int64_t made_ready = 0;
   std::multimap<int64_t, Fiber*> ready;
   std::unordered_map<const uint32_t*, std::vector<Fiber*>> waiting;
@@ -147,9 +151,15 @@ inline void count(uint32_t* counter) {
   }
 }
 
+// Until all of a launch has ended.
+inline void wait_for_launch(int64_t launch) {
+  if (launch >= 0) wait_for(&launched->ended[launch], launched->fibers_each);
+}
+
 inline void run_body() {
-  launched->body();
-  --launched->running;
+  const int64_t launch = launched->current->launch;
+  launched->body(launch);
+  count(&launched->ended[launch]);
   _longjmp(launched->scheduler, 1);
 }
 
@@ -161,9 +171,9 @@ __attribute__((noinline)) inline void resume(Fiber* fiber) {
   setcontext(&fiber->context);
 }
 
-// Until nobody is left who could go on.
-__attribute__((noinline)) inline void run_all() {
-  while (!launched->ready.empty()) resume(next_ready());
+// Until all of a launch has ended, or nobody is left who could go on.
+__attribute__((noinline)) inline void run_until_ended(int64_t launch) {
+  while (launched->ended[launch] < launched->fibers_each && !launched->ready.empty()) resume(next_ready());
 }
 
 inline std::unique_ptr<char[]>& stack(size_t number) {
@@ -172,44 +182,60 @@ inline std::unique_ptr<char[]>& stack(size_t number) {
   return stacks[number];
 }
 
-__attribute__((noinline)) inline void make_context(Fiber& fiber) {
+__attribute__((noinline)) inline void make_context(Fiber& fiber, size_t stack_number) {
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack(fiber.number).get();
+  fiber.context.uc_stack.ss_sp = stack(stack_number).get();
   fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, run_body, 0);
 }
 
+// The blocks and fibers of one launch.
+struct Running {
+  std::vector<Block> blocks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+
+  Running(int64_t launch, int64_t count, int threads, int shared) : blocks(count) {
+    const dim3 grid = launched->grid;
+    for (int64_t i = 0; i < count; ++i) {
+      blocks[i].threads = threads;
+      blocks[i].warps.resize(threads / kWarpSize);
+      blocks[i].shared.resize((shared + sizeof(Line) - 1) / sizeof(Line));
+      memset(blocks[i].shared.data(), 0xFF, blocks[i].shared.size() * sizeof(Line));
+      for (int j = 0; j < threads; ++j) {
+        fibers.push_back(std::make_unique<Fiber>());
+        Fiber& fiber = *fibers.back();
+        fiber.number = (launch * count + i) * threads + j;
+        fiber.launch = launch;
+        fiber.thread = dim3(j, 0, 0);
+        fiber.block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+        fiber.of = &blocks[i];
+        make_context(fiber, fiber.number % (2 * count * threads));
+        make_ready(&fiber);
+      }
+    }
+  }
+};
+
 // Whether all of it came to an end.
-inline bool run(dim3 grid, int threads, int shared, std::function<void()> body) {
+inline bool run(dim3 grid, int threads, int shared, int64_t launches, std::function<void(int64_t)> body) {
   Launch state;
   launched = &state;
   state.grid = grid;
   state.body = std::move(body);
   state.random.seed(machine.seed);
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-  std::vector<Block> of(blocks);
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  for (int64_t i = 0; i < blocks; ++i) {
-    of[i].threads = threads;
-    of[i].warps.resize(threads / kWarpSize);
-    of[i].shared.resize((shared + sizeof(Line) - 1) / sizeof(Line));
-    memset(of[i].shared.data(), 0xFF, of[i].shared.size() * sizeof(Line));
-    for (int j = 0; j < threads; ++j) {
-      fibers.push_back(std::make_unique<Fiber>());
-      Fiber& fiber = *fibers.back();
-      fiber.number = i * threads + j;
-      fiber.thread = dim3(j, 0, 0);
-      fiber.block = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-      fiber.of = &of[i];
-      make_context(fiber);
-      make_ready(&fiber);
-    }
+  state.fibers_each = blocks * threads;
+  state.ended.resize(launches);
+  std::unique_ptr<Running> now, next;
+  for (int64_t i = 0; i < launches; ++i) {
+    now = i == 0 ? std::make_unique<Running>(0, blocks, threads, shared) : std::move(next);
+    if (i + 1 < launches) next = std::make_unique<Running>(i + 1, blocks, threads, shared);
+    run_until_ended(i);
+    if (state.ended[i] < state.fibers_each) break;
   }
-  state.running = blocks * threads;
-  run_all();
   launched = nullptr;
-  return state.running == 0;
+  return state.ended.back() == state.fibers_each;
 }
 
 }  // namespace fusedrnn::cuda

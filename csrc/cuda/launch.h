@@ -82,7 +82,11 @@ int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, con
   using E = Exchange<typename P::Storage>;
   Device on;
   if (int error = device(on)) return error;
-  if (E::kTogether == Together::kCluster && on.capability < 90) return kFusedrnnCudaTooLarge;
+  if (E::kTogether == Together::kCluster) {
+    int capability;
+    if (int error = compiled_for(kernel, capability)) return error;
+    if (capability < 90) return kFusedrnnCudaTooLarge;
+  }
   Plan found{};
   int64_t batch = a.batch;
   int directions = a.directions;
@@ -115,6 +119,40 @@ int run(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, con
   return 0;
 }
 
+// Nothing is held and blocks share nothing, so neither H nor the batch can be too large. Shared memory is a ring, as
+// long as there is room for, and then the sums.
+template <class P, int kGroups, class Arguments>
+int run_steps(void (*kernel)(Arguments, Tile), const Arguments& a, int gates_of_k, int64_t steps,
+              const intptr_t* stream) {
+  using Weights = Stream<P, kGroups>;
+  Device on;
+  if (int error = device(on)) return error;
+  Tile tile{};
+  tile.unit_warps = 1;
+  tile.gate_chunks = static_cast<int>(ceil_div(a.hidden * sizeof(typename P::Storage), kChunkBytes));
+  tile.chunks = gates_of_k * tile.gate_chunks;
+  const int64_t columns = ceil_div(a.batch, kColumns);
+  int shared = 0;
+  for (int most = Weights::kRowTiles; most > 0; --most) {
+    tile.row_tiles = static_cast<int>(ceil_div(columns, ceil_div(columns, most)));
+    const int chunk = Weights::chunk_bytes(tile), sums = tile.sums_bytes(kGroups);
+    for (tile.stages = Weights::kMostStages; tile.stages * chunk > on.shared_bytes && tile.stages > 2;) --tile.stages;
+    shared = tile.stages * chunk > sums ? tile.stages * chunk : sums;
+    if (shared <= on.shared_bytes) break;
+  }
+  if (shared > on.shared_bytes) return kFusedrnnCudaTooLarge;
+  if (stream == nullptr) return 0;
+
+  const int tiles = static_cast<int>(ceil_div(a.batch, tile.rows()));
+  for (; tile.first_tile < tiles; tile.first_tile += kMostTiles) {
+    const int now = tiles - tile.first_tile < kMostTiles ? tiles - tile.first_tile : kMostTiles;
+    const dim3 grid(ceil_div(a.hidden, kWarpUnits), now, a.directions);
+    const Config config{grid, kThreads, shared, Together::kNone, *stream};
+    if (int error = launch_steps(kernel, config, steps, a, tile)) return error;
+  }
+  return 0;
+}
+
 template <class Cell, class P>
 int forward_as(const FusedrnnCudaForward& a, const intptr_t* stream) {
   constexpr int G = Cell::kGates;
@@ -122,6 +160,7 @@ int forward_as(const FusedrnnCudaForward& a, const intptr_t* stream) {
     case kFusedrnnCudaCta: return run<P, G, Cta>(scan_forward_kernel<Cell, P, Cta>, a, 1, stream);
     case kFusedrnnCudaGrid: return run<P, G, Grid>(scan_forward_kernel<Cell, P, Grid>, a, 1, stream);
     case kFusedrnnCudaCluster: return run<P, G, Cluster>(scan_forward_kernel<Cell, P, Cluster>, a, 1, stream);
+    case kFusedrnnCudaStepped: return run_steps<P, G>(scan_forward_kernel<Cell, P, Stepped>, a, 1, a.time, stream);
   }
   return kFusedrnnCudaInvalid;
 }
@@ -133,6 +172,8 @@ int backward_as(const FusedrnnCudaBackward& a, const intptr_t* stream) {
     case kFusedrnnCudaCta: return run<P, 1, Cta>(scan_backward_kernel<Cell, P, Cta>, a, G, stream);
     case kFusedrnnCudaGrid: return run<P, 1, Grid>(scan_backward_kernel<Cell, P, Grid>, a, G, stream);
     case kFusedrnnCudaCluster: return run<P, 1, Cluster>(scan_backward_kernel<Cell, P, Cluster>, a, G, stream);
+    // the last multiplies the gradients of the first step
+    case kFusedrnnCudaStepped: return run_steps<P, 1>(scan_backward_kernel<Cell, P, Stepped>, a, G, a.time + 1, stream);
   }
   return kFusedrnnCudaInvalid;
 }

@@ -6,7 +6,8 @@
 // same, so these 16 bytes are what the lane holds of two instructions' fragments: one load instead of four,
 // and the same for every type.
 //
-// The weights of a warp stay on chip for all steps: in registers as far as they go, the rest in shared memory.
+// Where they fit, the weights of a warp stay on chip for all steps: in registers as far as those go, the rest
+// in shared memory. Else stream.h brings them.
 #pragma once
 
 #include "device.h"
@@ -117,6 +118,8 @@ struct Tile {
   int gate_chunks;   // chunks of the units of one gate
   int chunks;        // of K
   int first_tile, first_direction;  // of the launch
+  int stages;                       // of a launch that takes one step: chunks in shared memory at once
+  int64_t step;                     // which step
 
   __device__ __forceinline__ int64_t direction() const { return first_direction + blockIdx.z; }
   __device__ __forceinline__ int first_row() const { return (first_tile + blockIdx.y) * rows(); }
@@ -140,6 +143,7 @@ class Weights {
  public:
   using S = typename P::Storage;
   static constexpr int kPieces = 2 * kGroups;  // of a chunk
+  static constexpr int kBlocks = 1;            // that a multiprocessor has room for
   static constexpr int kRegisterChunks =
       (kRegisters - P::kInFlight / kGroups - P::kSumRegisters * kGroups) / (4 * kPieces);
 
@@ -194,22 +198,17 @@ class Weights {
   uint4 held_[kRegisterChunks][kPieces];
 };
 
-// Puts the products of all rows of the block where the threads that own its elements find them.
-template <class P, int kGroups, int kRegisters>
-__device__ __forceinline__ void multiply_rows(const Tile& tile, const Weights<P, kGroups, kRegisters>& weights,
-                                              const unsigned char* vectors /*[rows, row_bytes]*/,
-                                              float* sums /*[slices, rows, sums_row]*/) {
+// Puts the products of the block's n-th 8 rows where the threads that own their elements find them.
+template <int kGroups>
+__device__ __forceinline__ void put_products(const Tile& tile, int n, const float (&result)[kGroups][4],
+                                             float* sums /*[slices, rows, sums_row]*/) {
   const int slice = warp() / tile.unit_warps, unit = warp() % tile.unit_warps * kWarpUnits + lane() / 4;
   const int stride = tile.sums_row(kGroups);
-  for (int n = 0; n < tile.row_tiles; ++n) {
-    float result[kGroups][4];
-    weights.multiply(vectors + n * kColumns * tile.row_bytes(), tile.row_bytes(), result);
-    float* to = sums + (slice * tile.rows() + n * kColumns + lane() % 4 * 2) * stride + unit;
+  float* to = sums + (slice * tile.rows() + n * kColumns + lane() % 4 * 2) * stride + unit;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+  for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i % 2 * stride + g * tile.units() + i / 2 * 8] = result[g][i];
-    }
+    for (int i = 0; i < 4; ++i) to[i % 2 * stride + g * tile.units() + i / 2 * 8] = result[g][i];
   }
 }
 

@@ -24,8 +24,8 @@ enum { kFusedrnnCudaFp32, kFusedrnnCudaTf32, kFusedrnnCudaBf16, kFusedrnnCudaFp1
 
 // cta: a block has all units of its rows. grid: units are split over blocks that meet once a step, all blocks
 // of a launch at once. cluster: over the up to 16 blocks of a cluster, which write into each other's shared
-// memory; from sm_90 on.
-enum { kFusedrnnCudaCta, kFusedrnnCudaGrid, kFusedrnnCudaCluster };
+// memory; from sm_90 on. stepped: a launch for every step, which reads all weights; of any size.
+enum { kFusedrnnCudaCta, kFusedrnnCudaGrid, kFusedrnnCudaCluster, kFusedrnnCudaStepped };
 
 // Beside cudaError_t, which is positive.
 enum {

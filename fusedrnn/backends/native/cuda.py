@@ -35,7 +35,7 @@ CELLS = {
 }
 _STORAGE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # in csrc/cuda/scan.h
 _TF32 = 1
-_SCHEDULES = {"cta": 0, "cluster": 2, "grid": 1}  # the less a step waits for, the better
+_SCHEDULES = {"cta": 0, "cluster": 2, "grid": 1, "stepped": 3}  # the less a step waits for, the better
 _PIECE = 16  # bytes that a row of weights is filled up to
 
 
@@ -109,7 +109,7 @@ def gates_again(c: gpu.Call, states: Sequence[Tensor], output: Tensor) -> Tensor
 
 @cache
 def _schedule(cell: str, storage: int, hidden: int, backward: bool, device: int) -> int:
-    """The first that can hold the weights, asked of the code that launches it.
+    """The first that can run the scan, asked of the code that launches it.
 
     Raises:
         RuntimeError: none can, or there is no device to ask.
@@ -117,7 +117,7 @@ def _schedule(cell: str, storage: int, hidden: int, backward: bool, device: int)
     for schedule in _SCHEDULES.values():
         if kernels.scan_fits(CELLS[cell].number, storage, schedule, hidden, backward):
             return schedule
-    raise RuntimeError(f"holds all weights on chip, and those of {cell} with H = {hidden} do not fit")
+    raise RuntimeError(f"has no schedule for {cell} with H = {hidden} on this GPU")
 
 
 def _planned(c: gpu.Call, backward: bool) -> tuple[int, tuple[Tensor | None, ...]]:

@@ -5,6 +5,7 @@ A call that no kernel knows, or where torch is faster, runs as plain torch code.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,6 +100,41 @@ def attend(
         return context, None
     context, weights = reference.attend(score, *tensors, scale, dropout, None)
     return context, weights if need_weights else None
+
+
+def attend_step(
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    g: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Additive attention of a few queries ``[B, ..., Q]``, projected by ``weight`` and ``bias``, to keys that stay.
+
+    Arguments are as the kernel takes them (backends/native/attend.py, ``step``), which also looks at all of them.
+
+    Returns:
+        Context and weights; None where nothing has been done and :func:`attend` has to be called: derivatives,
+        a compiler or somebody else looks on, there is no kernel, or it does not know such arguments.
+    """
+    tensors = (query, weight, bias, v, g, key, value)
+    if torch._C._is_any_autocast_enabled() or not ops.unobserved(tensors) or not _steps(select.requested()):
+        return None
+    return select.kernels("native", "attend").step(
+        query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights
+    )
+
+
+@cache
+def _steps(wanted: str | None) -> bool:
+    request = select.Request("additive", torch.float32, "cpu", "attend")
+    return wanted in (None, "native") and select.against("native", request) is None
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

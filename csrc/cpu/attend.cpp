@@ -19,13 +19,14 @@ const AttendFunctions<S>& functions_of(const AttendKernels& k) {
   if constexpr (std::is_same_v<S, Half>) return k.f16;
 }
 
-// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some.
-constexpr double kWorthARegion = 2e5, kTanh = 8;
+// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some, fewer of keys that
+// are kept.
+constexpr double kWorthARegion = 2e5, kTanh = 8, kTanhOfKept = 3;
 
 template <class S>
-int threads_for(const Attend<S>& a, int threads) {
+int threads_for(const Attend<S>& a, int threads, double tanh = kTanh) {
   const double pairs = double(a.batch) * double(a.heads) * double(a.queries) * double(a.keys);
-  const double each = double(a.width) * (a.score == kAdditive ? kTanh : 1) + double(a.values);
+  const double each = double(a.width) * (a.score == kAdditive ? tanh : 1) + double(a.values);
   return pairs * each < kWorthARegion ? 1 : std::max(threads, 1);
 }
 
@@ -73,7 +74,7 @@ template <class S>
 void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   using T = Acc<S>;
   const AttendFunctions<S>& f = functions_of<S>(k.attend);
-  threads = threads_for(a, threads);
+  threads = threads_for(a, threads, a.kept ? kTanhOfKept : kTanh);
   const Tiles tiles(a, a.width, threads);
   const int64_t row = score_stride(a.keys), of_scores = score_scratch(tiles.most, a.width, sizeof(T));
   if (tiles.count >= threads || tiles.count == 0) {
@@ -106,6 +107,13 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
       f.context(a, tiles.head(tile), tiles.slice(tile), columns, scores.of(tile), mine);
     }
   }
+}
+
+void run_projection(const Kernels& k, const Projection& p, int threads) {
+  const int64_t work = p.rows * p.inputs * p.outputs;
+  if (double(work) < kWorthARegion) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int i = 0; i < threads; ++i) k.attend.step.project(p, part_of(p.outputs, kPad, i, threads));
 }
 
 template <class S>

@@ -115,13 +115,13 @@ def attend_step(
     scale: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Additive attention of a few queries ``[B, ..., Q]``, projected by ``weight`` and ``bias``, to keys that stay.
+    """Additive attention of a few queries ``[B, ..., Q]``, projected here, to keys that stay.
 
-    Arguments are as the kernel takes them (backends/native/attend.py, ``step``), which also looks at all of them.
+    Arguments: ``step`` in backends/native/attend.py. It validates none, and refuses what it does not know.
 
     Returns:
-        Context and weights; None where nothing has been done and :func:`attend` has to be called: derivatives,
-        a compiler or somebody else looks on, there is no kernel, or it does not know such arguments.
+        Context and weights; None where nothing has been done and :func:`attend` has to be called: somebody
+        looks on (derivatives, a compiler), there is no kernel, or it does not know such arguments.
     """
     tensors = (query, weight, bias, v, g, key, value)
     if torch._C._is_any_autocast_enabled() or not ops.unobserved(tensors) or not _steps(select.requested()):

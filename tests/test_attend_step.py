@@ -1,4 +1,4 @@
-"""The step of a decoder over a projected memory: parity, who takes it, and that it never uses what is out of date."""
+"""The step of a decoder over a projected memory: parity, who takes it, and that nothing is out of date."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ FORMS = {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 # B, queries of a sequence, Tk, Q, M, H
-SHAPES = [(1, 1, 1, 1, 1, 1), (1, 1, 100, 64, 48, 96), (3, 1, 7, 5, 6, 17), (2, 5, 33, 17, 70, 33), (1, 16, 9, 40, 3, 250)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (1, 1, 100, 64, 48, 96),
+    (3, 1, 7, 5, 6, 17),
+    (2, 5, 33, 17, 70, 33),
+    (1, 16, 9, 40, 3, 250),
+]
 
 
 @pytest.fixture
@@ -67,14 +73,16 @@ def assert_parity(module, query, memory, **options):
     exact = copy.deepcopy(module).double()
     theirs = formula(module, rows, *memory, **options)
     oracle = formula(exact, *map(wide, (rows, *memory)), **{k: wide(t) for k, t in options.items()})
-    for _ in range(3):  # the keys are not kept, made, met again
-        ours = [t.view_as(o) for t, o in zip(module(query, memory, **options, need_weights=True), theirs)]
-        names = "context", "weights"
-        parity = check(dict(zip(names, ours)), dict(zip(names, theirs)), lambda: dict(zip(names, oracle)))
-        assert parity, f"\n{parity}"
-        alone, none = module(query, memory, **options)
+    ours = module(query, memory, **options, need_weights=True)
+    shaped = [t.view_as(o) for t, o in zip(ours, theirs)]
+    named = [dict(zip(("context", "weights"), each)) for each in (shaped, theirs, oracle)]
+    parity = check(*named[:2], lambda: named[2])
+    assert parity, f"\n{parity}"
+    for _ in range(2):  # exponentials of the keys are not kept yet, made, met again: the digits are the same
+        assert torch.equal(module(query, memory, **options, need_weights=True)[1], ours[1])
+        context, none = module(query, memory, **options)
         assert none is None
-        assert torch.equal(alone.view_as(ours[0]), ours[0])
+        assert torch.equal(context, ours[0])
 
 
 def problem(form, shape, size=1.0, **more):
@@ -92,11 +100,10 @@ def test_parity(form, shape, level, poisoned, steps):
     B, _, Tk, *_ = shape
     lengths, mask = torch.randint(0, Tk + 1, (B,)), torch.rand(B, Tk) < 0.6
     mask[-1] = False  # a row masked whole
-    for options in ({}, {"lengths": lengths}, {"mask": mask}, {"mask": mask[:1]}, {"mask": mask, "lengths": lengths}):
-        if options.get("mask") is not None and options["mask"].shape[0] != B:
-            options = {"mask": mask[:1]}
+    both = {"mask": mask, "lengths": lengths}
+    for options in ({}, {"lengths": lengths}, {"mask": mask}, {"mask": mask[:1]}, both):
         assert_parity(module, query, memory, **options)
-    assert len(steps) == 30
+    assert len(steps) == 25
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.05, 6.0, 19.0, 300.0, 1e4])
@@ -107,7 +114,7 @@ def test_small_and_large_inputs(size, level, poisoned, steps):
         module.query_layer.weight.copy_(torch.eye(33))
     assert_parity(module, query, memory)
     assert_parity(module, query.round() + size, Memory(memory.key.round() - size, memory.value))
-    assert len(steps) == 12
+    assert len(steps) == 10
 
 
 def test_values_that_are_not_finite(level):
@@ -299,12 +306,14 @@ def test_any_number_of_threads_gives_the_same(threads, steps):
 
 def test_errors_are_those_of_a_call_with_gradients():
     module, query, memory = problem("bahdanau", (2, 1, 9, 5, 6, 17))
+    double = Memory(memory.key.double(), memory.value)
+    narrow, short = Memory(memory.key[..., :3], memory.value), Memory(memory.key, memory.value[:, :3])
     for error, message, call in (
         (RuntimeError, "query: expected 5 features, got 4", lambda: module(query[:, :4], memory)),
         (ValueError, "query: expected 2 to 4 dimensions", lambda: module(query[0], memory)),
-        (ValueError, "key: expected dtype torch.float32 of query", lambda: module(query, Memory(memory.key.double(), memory.value))),
-        (RuntimeError, "key: expected shape", lambda: module(query, Memory(memory.key[..., :3], memory.value))),
-        (RuntimeError, "value: expected shape", lambda: module(query, Memory(memory.key, memory.value[:, :3]))),
+        (ValueError, "key: expected dtype torch.float32 of query", lambda: module(query, double)),
+        (RuntimeError, "key: expected shape", lambda: module(query, narrow)),
+        (RuntimeError, "value: expected shape", lambda: module(query, short)),
         (RuntimeError, "key: expected shape", lambda: module(query[:1], memory)),
         (RuntimeError, "lengths: expected shape", lambda: module(query, memory, torch.ones(3).long())),
         (ValueError, "lengths: expected integers", lambda: module(query, memory, torch.ones(2))),

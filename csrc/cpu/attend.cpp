@@ -59,13 +59,16 @@ Slice part_of(int64_t n, int64_t unit, int64_t i, int64_t parts) {
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t elements, int64_t count)
-      : each_(padded(elements)), buffer_(allocate(each_ * count * static_cast<int64_t>(sizeof(T)))) {}
-  T* of(int64_t i) const { return reinterpret_cast<T*>(buffer_.get()) + i * each_; }
+  Scratch(int64_t elements, int64_t count) : each_(padded(elements)) {
+    const int64_t bytes = each_ * count * static_cast<int64_t>(sizeof(T));
+    if (bytes > static_cast<int64_t>(sizeof near_)) far_ = allocate(bytes);
+  }
+  T* of(int64_t i) { return reinterpret_cast<T*>(far_ ? far_.get() : near_) + i * each_; }
 
  private:
   int64_t each_;
-  Buffer buffer_;
+  alignas(64) char near_[16 << 10];  // malloc would tidy up for a block of a step's size
+  Buffer far_;
 };
 
 }  // namespace
@@ -78,7 +81,7 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   const Tiles tiles(a, a.width, threads);
   const int64_t row = score_stride(a.keys), of_scores = score_scratch(tiles.most, a.width, sizeof(T));
   if (tiles.count >= threads || tiles.count == 0) {
-    const Scratch<T> scratch(tiles.most * row + of_scores, threads);
+    Scratch<T> scratch(tiles.most * row + of_scores, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < tiles.count; ++i) {
       T* scores = scratch.of(omp_get_thread_num());
@@ -90,7 +93,7 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   // Too few queries for all threads: the keys are shared out, then the columns of the context, for which each
   // makes the softmax again.
   const int64_t parts = ceil_div(threads, tiles.count), items = tiles.count * parts;
-  const Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
+  Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
 #pragma omp parallel num_threads(threads)
   {
     T* const mine = scratch.of(omp_get_thread_num());
@@ -125,9 +128,9 @@ void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
   const int64_t heads = a.batch * a.heads, blocks = ceil_div(a.width, f.width);
   const int64_t groups = ceil_div(a.values, 4 * f.width);
   const bool columns = a.d_query || a.d_key || a.d_v;
-  const Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
+  Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
                            threads);
-  const Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
+  Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
   a.d_v_of_heads = of_heads.of(0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -131,7 +131,7 @@ class Attention(nn.Module):
         mask: Tensor | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None] | None:
-        """The step of a decoder without derivatives, in one call of a kernel; None where it has to be `_attend`."""
+        """One call of a kernel that projects too; None where `_attend` has to do it."""
         if torch.compiler.is_compiling() or (self.training and self.dropout):
             return None
         taken = self._projection()
@@ -180,7 +180,7 @@ def check_size(name: str, size: Any) -> None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a Linear that computes with its parameters, and nothing else happens when it is called."""
+    """Whether a layer is a Linear, and no more happens when it is called."""
     return type(layer) is nn.Linear and not (
         layer._forward_pre_hooks
         or layer._forward_hooks

@@ -138,9 +138,9 @@ def step(
     scale: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Context and weights of additive attention with the query's projection; None if it takes `forward`.
+    """Context and weights of additive attention, the query's projection included; None if it takes `forward`.
 
-    From the second call with a key tensor on, the exponentials of its elements are kept (csrc/attend_step.cpp).
+    From the second call with a tensor of keys on, exponentials of it are kept (csrc/attend_step.cpp).
 
     Args:
         query, weight, bias: [B, ..., Q], [D, Q] and [D] or None, of the projection.

@@ -12,8 +12,9 @@ _T = TypeVar("_T")
 
 
 class Kept(Generic[_T]):
-    """A value per tensor, by identity and as long as the tensor lives; never as its attribute, which would leak
-    into pickles and copies.
+    """A value per tensor, by identity and as long as the tensor lives.
+
+    Never as the tensor's attribute, which would leak into pickles and copies.
     """
 
     def __init__(self, make: Callable[[], _T]) -> None:

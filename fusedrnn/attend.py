@@ -124,7 +124,7 @@ def attend_step(
         looks on (derivatives, a compiler), there is no kernel, or it does not know such arguments.
     """
     tensors = (query, weight, bias, v, g, key, value)
-    if torch._C._is_any_autocast_enabled() or not ops.unobserved(tensors) or not _steps(select.requested()):
+    if torch._C._is_any_autocast_enabled() or ops.watched(tensors) or not _steps(select.requested()):
         return None
     return select.kernels("native", "attend").step(
         query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights

@@ -82,12 +82,16 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   const int64_t row = score_stride(a.keys), of_scores = score_scratch(tiles.most, a.width, sizeof(T));
   if (tiles.count >= threads || tiles.count == 0) {
     Scratch<T> scratch(tiles.most * row + of_scores, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      T* scores = scratch.of(omp_get_thread_num());
+    const auto run = [&](int64_t i, T* scores) {
       f.scores(a, tiles.head(i), tiles.slice(i), {0, a.keys}, scores, scores + tiles.most * row);
       f.context(a, tiles.head(i), tiles.slice(i), {0, a.values}, scores, scores);
+    };
+    if (threads == 1) {
+      for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(0));
+      return;
     }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(omp_get_thread_num()));
     return;
   }
   // Too few queries for all threads: the keys are shared out, then the columns of the context, for which each
@@ -115,7 +119,8 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
 void run_projection(const Kernels& k, const Projection& p, int threads) {
   const int64_t work = p.rows * p.inputs * p.outputs;
   if (double(work) < kWorthARegion) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  if (threads == 1) return k.attend.step.project(p, {0, p.outputs});  // OpenMP's way to find that out takes longer
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int i = 0; i < threads; ++i) k.attend.step.project(p, part_of(p.outputs, kPad, i, threads));
 }
 

@@ -137,8 +137,10 @@ class Attention(nn.Module):
         taken = self._projection()
         if taken is None:
             return None
+        weight, bias, v, g = taken
+        key, value = memory
         scale = 1 / self.temperature
-        return attend_step(query, *taken, *memory, lengths, mask, scale, need_weights)
+        return attend_step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
 
     def _projection(self) -> Projection | None:
         """All that `_project_query` and `_v` compute with; None if there is more to it."""

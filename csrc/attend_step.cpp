@@ -1,6 +1,6 @@
 // One step of a decoder whose memory stays: the query's projection, additive scores, softmax and context behind one
 // plain CPython function, as the stepper has it. It reads everything where it lies, so that nothing can be out of
-// date but the exponentials of the keys, and of those the fingerprint of the keys tells.
+// date but the exponentials of the keys.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -23,11 +23,20 @@ constexpr int64_t kMostKept = 1 << 20;  // elements of keys
 // Above it a step takes long enough (about 20 us) for other threads to want the GIL.
 constexpr int64_t kWorthRelease = 1 << 17;  // elements of pairs
 
+// What exponentials were made from. A tensor made in inference mode has no version, so its content counts.
+struct Source {
+  const Kernels* kernels;
+  const float* data;
+  int64_t count, width;
+  uint64_t version;  // or fingerprint
+  bool operator==(const Source& s) const {
+    return kernels == s.kernels && data == s.data && count == s.count && width == s.width && version == s.version;
+  }
+};
+
 // Keys as a level prepares them; never changed once made, as another thread may be reading them.
 struct Prepared {
-  const Kernels* kernels;
-  int64_t count, width;
-  uint64_t fingerprint;
+  Source source;
   Buffer data;
   bool usable;
 };
@@ -35,18 +44,32 @@ struct Prepared {
 enum Argument { kKeys, kThreads, kNeedWeights, kScale, kQuery, kWeight, kBias, kV, kNorm, kKey, kValue, kLengths, kMask,
                 kArguments };
 
+// Names, found once.
+const py::str& version_name() {
+  static const py::str* const name = new py::str("_version");
+  return *name;
+}
+const py::str& new_empty_name() {
+  static const py::str* const name = new py::str("new_empty");
+  return *name;
+}
+
 // What is kept of one tensor of keys from step to step.
 class Keys {
  public:
+  explicit Keys(bool versioned) : versioned_(versioned) {}
+
   // From the second step on, as the first may be the last.
-  std::shared_ptr<const Prepared> prepared(const Kernels& k, const float* keys, int64_t count, int64_t width) {
+  std::shared_ptr<const Prepared> prepared(const py::handle& tensor, const Kernels& k, const float* keys,
+                                           int64_t count, int64_t width) {
     if (!std::exchange(seen_, true) || count * width > kMostKept) return nullptr;
-    const uint64_t fingerprint = k.fingerprint(keys, count * width * sizeof(float));
-    if (!kept_ || kept_->kernels != &k || kept_->count != count || kept_->width != width ||
-        kept_->fingerprint != fingerprint) {
+    const uint64_t version = versioned_ ? tensor.attr(version_name()).cast<uint64_t>()
+                                        : k.fingerprint(keys, count * width * sizeof(float));
+    const Source source{&k, keys, count, width, version};
+    if (!kept_ || !(kept_->source == source)) {
       Buffer data = allocate(kept_size(count, width) * sizeof(float));
       const bool usable = k.attend.step.keep(keys, count, width, reinterpret_cast<float*>(data.get()));
-      kept_ = std::make_shared<Prepared>(Prepared{&k, count, width, fingerprint, std::move(data), usable});
+      kept_ = std::make_shared<Prepared>(Prepared{source, std::move(data), usable});
     }
     return kept_;
   }
@@ -61,6 +84,7 @@ class Keys {
   }
 
  private:
+  const bool versioned_;
   bool seen_ = false;
   std::shared_ptr<const Prepared> kept_;
   std::array<py::weakref, kArguments> plain_;
@@ -98,11 +122,6 @@ struct Step {
 const Tensors& tensors() {
   static const Tensors* const found = new Tensors;
   return *found;
-}
-
-const py::str& new_empty() {
-  static const py::str* const name = new py::str("new_empty");
-  return *name;
 }
 
 class Reader {
@@ -179,7 +198,8 @@ bool read(const Reader& tensor, Step& step) {
 py::object make_like(const py::handle& query, const dlpack::Tensor& shape, int64_t columns, float*& data) {
   py::tuple sizes(shape.ndim);
   for (int i = 0; i < shape.ndim; ++i) sizes[i] = py::int_(i + 1 < shape.ndim ? shape.shape[i] : columns);
-  py::object made = py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(query.ptr(), new_empty().ptr(), sizes.ptr()));
+  py::object made =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(query.ptr(), new_empty_name().ptr(), sizes.ptr()));
   dlpack::Tensor t;
   if (!made || !tensors().read(made.ptr(), t)) throw py::error_already_set();
   data = static_cast<float*>(t.data);
@@ -205,7 +225,7 @@ PyObject* attend_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const py::object weights = args[kNeedWeights] == Py_True ? make_like(args[kQuery], step.query, a.keys, a.weights)
                                                              : py::none();
     const Kernels& k = kernels();
-    const auto prepared = keys->prepared(k, a.key.data, a.batch * a.keys, a.width);
+    const auto prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);
     if (prepared && prepared->usable) a.kept = reinterpret_cast<const float*>(prepared->data.get());
     const Buffer projected = allocate(p.rows * p.outputs * sizeof(float));
     a.query.data = p.out = reinterpret_cast<float*>(projected.get());
@@ -236,9 +256,12 @@ PyMethodDef step_method = {
 
 void bind_attend_step(py::module_& m) {
   m.def(
-      "attend_keys", [] { return py::capsule(new Keys, kName, [](PyObject* self) {
-                            delete static_cast<Keys*>(PyCapsule_GetPointer(self, kName));
-                          }); },
-      "a place for what attend_step keeps of one tensor of keys");
+      "attend_keys",
+      [](bool versioned) {
+        return py::capsule(new Keys(versioned), kName, [](PyObject* self) {
+          delete static_cast<Keys*>(PyCapsule_GetPointer(self, kName));
+        });
+      },
+      "a place for what attend_step keeps of one tensor of keys, which has a version or has none");
   m.attr("attend_step") = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
 }

@@ -161,6 +161,7 @@ def test_memory_in_inference_mode(steps):
         expected = module(query, projected)[0]
     with torch.inference_mode():
         projected = module.project_memory(memory.value)
+        assert not projected.key.is_inference()
         for _ in range(3):
             torch.testing.assert_close(module(query, projected)[0], expected)
     assert len(steps) == 4
@@ -183,7 +184,8 @@ def test_what_changes_is_noticed(form):
         lambda: [p.data.mul_(1.1) for p in module.parameters()],
         lambda: module.load_state_dict(FORMS[form](5, 6, 17).state_dict()),
         lambda: memory.key.mul_(2),
-        lambda: memory.key.data[1, 3].neg_(),
+        lambda: memory.key[1, 3].neg_(),
+        lambda: setattr(memory.key, "data", memory.key.data / 2),
         lambda: memory.value.mul_(2),
         lambda: memory.key.set_(torch.randn(2, 9, 17)),
         lambda: query.add_(1),

@@ -88,12 +88,19 @@ class Attention(nn.Module):
         return self._attend(query, memory.key, memory.value, lengths, mask, need_weights)
 
     def project_memory(self, memory: Tensor) -> Memory:
-        """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step."""
+        """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step.
+
+        Steps keep what they make of the keys. A write into them is noticed, but not one through ``.data``.
+        """
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")
         if memory.shape[-1] != self.memory_size:
             raise RuntimeError(f"memory: expected {self.memory_size} features, got {memory.shape[-1]}")
-        return Memory(self._project_key(memory), memory)
+        key = self._project_key(memory)
+        if not torch.compiler.is_compiling() and key is not memory and key.is_inference():
+            with torch.inference_mode(False):
+                key = key.clone()  # one with a version, by which a step sees faster whether it has changed
+        return Memory(key, memory)
 
     def _attend(
         self,

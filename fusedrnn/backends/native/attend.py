@@ -16,7 +16,7 @@ from .kept import Kept
 _SCORES = {"additive": 0, "dot": 1}  # in csrc/cpu/attend.h
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # in csrc/attend.cpp
 _NO_ROWS = (0, 0, 0, 0)
-_keys: Kept[object] = Kept(lambda: _C.attend_keys())
+_keys: Kept[object] = Kept(lambda key: _C.attend_keys(not key.is_inference()))
 
 
 def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:

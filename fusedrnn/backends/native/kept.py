@@ -17,7 +17,7 @@ class Kept(Generic[_T]):
     Never as the tensor's attribute, which would leak into pickles and copies.
     """
 
-    def __init__(self, make: Callable[[], _T]) -> None:
+    def __init__(self, make: Callable[[Tensor], _T]) -> None:
         self._make = make
         self._entries: dict[int, tuple[weakref.ref[Tensor], _T]] = {}
 
@@ -27,7 +27,7 @@ class Kept(Generic[_T]):
         entry = self._entries.get(number)
         if entry is None or entry[0]() is not tensor:
             owner = weakref.ref(tensor, lambda dead: self._forget(number, dead))
-            entry = self._entries[number] = owner, self._make()
+            entry = self._entries[number] = owner, self._make(tensor)
         return entry[1]
 
     def _forget(self, number: int, dead: weakref.ref[Tensor]) -> None:

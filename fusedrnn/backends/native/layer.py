@@ -61,7 +61,7 @@ def saved_tensors(
 
 
 # For each weight, by kind: what the pack was made from, and the pack.
-_packs: Kept[dict[str, tuple[tuple[object, ...], Tensor]]] = Kept(dict)
+_packs: Kept[dict[str, tuple[tuple[object, ...], Tensor]]] = Kept(lambda weight: {})
 
 
 def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:

@@ -123,18 +123,20 @@ def attend_step(
         Context and weights; None where nothing has been done and :func:`attend` has to be called: somebody
         looks on (derivatives, a compiler), there is no kernel, or it does not know such arguments.
     """
+    kernels = _stepping(select.requested())
     tensors = (query, weight, bias, v, g, key, value)
-    if torch._C._is_any_autocast_enabled() or ops.watched(tensors) or not _steps(select.requested()):
+    if kernels is None or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
         return None
-    return select.kernels("native", "attend").step(
-        query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights
-    )
+    return kernels.step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
 
 
 @cache
-def _steps(wanted: str | None) -> bool:
+def _stepping(wanted: str | None) -> Any:
+    """The backend with a kernel for a step, unless another was asked for."""
     request = select.Request("additive", torch.float32, "cpu", "attend")
-    return wanted in (None, "native") and select.against("native", request) is None
+    if wanted not in (None, "native") or select.against("native", request) is not None:
+        return None
+    return select.kernels("native", "attend")
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -125,7 +125,7 @@ def attend_step(
     """
     kernels = _stepping(select.requested())
     tensors = (query, weight, bias, v, g, key, value)
-    if kernels is None or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
+    if kernels is None or not query.is_cpu or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
         return None
     return kernels.step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
 

@@ -154,6 +154,27 @@ def test_ways_to_lay_out_the_same_step(form, steps):
     assert len(steps) == 1 + 2 * (8 + 3)
 
 
+@pytest.mark.parametrize("beams", [None, 3])
+def test_forward_attention_asks_for_weights_alone(beams, level, poisoned, steps):
+    torch.manual_seed(0)
+    module = fusedrnn.ForwardAttention(5, 6, 17)
+    exact = copy.deepcopy(module).double()
+    query, memory = torch.randn(4, 2, *([beams] if beams else []), 5), torch.randn(2, 9, 6)
+    mask = torch.rand(2, 9) < 0.7
+    mask[1] = False
+    with torch.no_grad():
+        found = []
+        for each, queries, values in ((module, query, memory), (exact, query.double(), memory.double())):
+            projected, state, outputs = each.project_memory(values), each.initial_state(values, beams), []
+            for q in queries:
+                context, weights, state = each(q, projected, state, mask=mask)
+                outputs += [context, weights]
+            found.append(outputs)
+    for ours, oracle in zip(*found):
+        torch.testing.assert_close(ours, oracle.float())
+    assert len(steps) == 4
+
+
 def test_memory_in_inference_mode(steps):
     module, query, memory = problem("bahdanau", (2, 1, 9, 5, 6, 17))
     with torch.no_grad():

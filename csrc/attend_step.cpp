@@ -18,7 +18,8 @@ using namespace fusedrnn;
 
 namespace {
 
-// Beyond it the exponentials do not stay in the caches, and reading them takes as long as making them.
+// Beyond it the exponentials do not stay in the caches, and reading them takes as long as making them: measured with
+// one megabyte of second-level cache.
 constexpr int64_t kMostKept = 1 << 20;  // elements of keys
 // Above it a step takes long enough (about 20 us) for other threads to want the GIL.
 constexpr int64_t kWorthRelease = 1 << 17;  // elements of pairs
@@ -62,7 +63,7 @@ class Keys {
   // From the second step on, as the first may be the last.
   std::shared_ptr<const Prepared> prepared(const py::handle& tensor, const Kernels& k, const float* keys,
                                            int64_t count, int64_t width) {
-    if (!std::exchange(seen_, true) || count * width > kMostKept) return nullptr;
+    if (!std::exchange(seen_, true)) return nullptr;
     const uint64_t version = versioned_ ? tensor.attr(version_name()).cast<uint64_t>()
                                         : k.fingerprint(keys, count * width * sizeof(float));
     const Source source{&k, keys, count, width, version};
@@ -158,10 +159,10 @@ bool read(const Reader& tensor, Step& step) {
   a.score = kAdditive;
   a.batch = key.shape[0];
   a.heads = 1;
-  a.steps = true;
   a.keys = key.shape[1];
   a.width = key.shape[2];
   a.values = value.shape[2];
+  a.steps = keys * a.width <= kMostKept;
   p.inputs = query.shape[query.ndim - 1];
   if (query.shape[0] != a.batch || a.key.stride != a.width || p.rows == 0 || keys == 0 || a.width == 0) return false;
   if (p.inputs != weight.shape[1] || p.outputs != a.width) return false;
@@ -225,7 +226,8 @@ PyObject* attend_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const py::object weights = args[kNeedWeights] == Py_True ? make_like(args[kQuery], step.query, a.keys, a.weights)
                                                              : py::none();
     const Kernels& k = kernels();
-    const auto prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);
+    std::shared_ptr<const Prepared> prepared;
+    if (a.steps) prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);
     if (prepared && prepared->usable) a.kept = reinterpret_cast<const float*>(prepared->data.get());
     const Buffer projected = allocate(p.rows * p.outputs * sizeof(float));
     a.query.data = p.out = reinterpret_cast<float*>(projected.get());

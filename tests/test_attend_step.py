@@ -315,6 +315,12 @@ def test_compiled(form, steps):
     assert len(steps) == 1
 
 
+def test_more_keys_than_are_kept(steps):
+    module, query, memory = problem("bahdanau", (1, 1, 2**20 // 64 + 1, 8, 3, 64))
+    assert_parity(module, query, memory)
+    assert len(steps) == 5
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_any_number_of_threads_gives_the_same(threads, steps):
     module, query, memory = problem("bahdanau", (4, 8, 70, 96, 40, 256))

@@ -69,6 +69,8 @@ void read(Fields& f, AttendForward<S>& a) {
   a.weights = f.pointer<S>();
   a.lse = f.pointer<T>();
   a.probabilities = f.pointer<T>();
+  a.steps = false;
+  a.kept = nullptr;
 }
 
 template <class S>

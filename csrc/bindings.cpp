@@ -12,6 +12,7 @@ using namespace fusedrnn;
 
 void bind_stepper(py::module_& m);
 void bind_attend(py::module_& m);
+void bind_attend_step(py::module_& m);
 void bind_cuda(py::module_& m);
 
 namespace {
@@ -189,5 +190,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features);
   bind_stepper(m);
   bind_attend(m);
+  bind_attend_step(m);
   bind_cuda(m);
 }

@@ -10,7 +10,7 @@
 namespace dlpack {
 
 enum Device : int32_t { kCpu = 1 };
-enum TypeCode : uint8_t { kFloat = 2 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBool = 6 };
 
 struct Tensor {
   void* data;
@@ -22,6 +22,8 @@ struct Tensor {
   int64_t* strides;  // [ndim], in elements
   uint64_t byte_offset;
 };
+
+inline bool is_float32(const Tensor& t) { return t.type_code == kFloat && t.type_bits == 32; }
 
 struct ExchangeApi {
   struct {

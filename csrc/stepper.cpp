@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
-#include "dlpack.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -17,19 +17,11 @@ namespace {
 // Below this many multiply-adds (about 20 us) other threads can wait for the GIL.
 constexpr int64_t kWorthRelease = 1 << 19;
 
-const dlpack::ExchangeApi* exchange_api(const py::object& type) {
-  const py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->version.major != 1 || api->read == nullptr) throw py::import_error("torch's DLPack exchange is not version 1");
-  return api;
-}
-
 // The parameters that a pack was made from, and whether they are still the same.
 class Watch {
  public:
   Watch(py::dict parameters, const py::list& names)
-      : parameters_(std::move(parameters)), version_(py::str("_version")), api_(exchange_api(torch_tensor())) {
+      : parameters_(std::move(parameters)), version_(py::str("_version")), api_(exchange_api()) {
     for (const auto& name : names) {
       py::object tensor = parameters_[name];
       // A second tensor over the same memory keeps it, so that its address is not given to another.
@@ -59,8 +51,6 @@ class Watch {
 
   void spoil() { spoilt_ = true; }
 
-  static py::object torch_tensor() { return py::module_::import("torch").attr("Tensor"); }
-
  private:
   struct Entry {
     py::object name, tensor, memory;
@@ -88,9 +78,7 @@ struct Stepper {
   py::object memory;  // what the plan's pointers point into
   int64_t batch;      // B, or -1 without a batch dimension
   bool releases;
-  const dlpack::ExchangeApi* api;
-  py::object tensor_type;
-  py::str is_neg{"is_neg"};
+  Tensors tensors;
   bool running = false;
 };
 
@@ -98,22 +86,12 @@ const char kName[] = "fusedrnn.stepper";
 
 // Whether x is [B, I] or [I] of fp32 in plain memory of the CPU; its rows.
 bool read_rows(const Stepper& s, PyObject* x, StepRows& rows) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != s.tensor_type.ptr()) return false;
   dlpack::Tensor t;
-  if (s.api->read(x, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!s.tensors.is_plain(x) || !s.tensors.read(x, t)) return false;
   const int dims = s.batch < 0 ? 1 : 2;
-  if (t.ndim != dims || t.device_type != dlpack::kCpu || t.type_code != dlpack::kFloat || t.type_bits != 32) return false;
+  if (t.ndim != dims || !dlpack::is_float32(t)) return false;
   if (t.shape[dims - 1] != s.plan.layers[0].inputs || (dims == 2 && t.shape[0] != s.batch)) return false;
-  // The memory of a lazily negated tensor has the other sign.
-  const py::object negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(x, s.is_neg.ptr()));
-  if (negated.ptr() != Py_False) {
-    PyErr_Clear();
-    return false;
-  }
-  rows.data = reinterpret_cast<const float*>(static_cast<const char*>(t.data) + t.byte_offset);
+  rows.data = static_cast<const float*>(t.data);
   rows.stride = dims == 2 ? t.strides[0] : 0;
   rows.k_stride = t.strides[dims - 1];
   return rows.data != nullptr || s.batch == 0;
@@ -180,8 +158,6 @@ py::object make_stepper(std::shared_ptr<Watch> watch, py::object memory, int cel
   s->memory = std::move(memory);
   s->batch = batched ? s->plan.shape.batch : -1;
   s->releases = step_work(s->plan) >= kWorthRelease;
-  s->tensor_type = Watch::torch_tensor();
-  s->api = exchange_api(s->tensor_type);
   const py::capsule self(s.release(), kName, [](void* p) { delete static_cast<Stepper*>(p); });
   return py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, self.ptr()));
 }

@@ -5,6 +5,7 @@ A call that no kernel knows, or where torch is faster, runs as plain torch code.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,6 +100,43 @@ def attend(
         return context, None
     context, weights = reference.attend(score, *tensors, scale, dropout, None)
     return context, weights if need_weights else None
+
+
+def attend_step(
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    g: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Additive attention of a few queries ``[B, ..., Q]``, projected here, to keys that stay.
+
+    Arguments: ``step`` in backends/native/attend.py. It validates none, and refuses what it does not know.
+
+    Returns:
+        Context and weights; None where nothing has been done and :func:`attend` has to be called: somebody
+        looks on (derivatives, a compiler), there is no kernel, or it does not know such arguments.
+    """
+    kernels = _stepping(select.requested())
+    tensors = (query, weight, bias, v, g, key, value)
+    if kernels is None or not query.is_cpu or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
+        return None
+    return kernels.step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
+
+
+@cache
+def _stepping(wanted: str | None) -> Any:
+    """The backend with a kernel for a step, unless another was asked for."""
+    request = select.Request("additive", torch.float32, "cpu", "attend")
+    if wanted not in (None, "native") or select.against("native", request) is not None:
+        return None
+    return select.kernels("native", "attend")
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -58,18 +58,22 @@ class _Call(Protocol):
 
 def unobserved(tensors: Sequence[Any]) -> bool:
     """Whether a call may go straight to its kernel: no derivative, compiler, transform, mode or subclass."""
-    return not (torch.is_grad_enabled() and any_grad(tensors)) and eager(tensors)
+    return not watched(tensors) and _PLAIN.issuperset(map(type, tensors))
 
 
-def eager(tensors: Sequence[Any]) -> bool:
-    """Whether nothing looks on but autograd: no compiler, transform, mode or subclass."""
-    return not (
+def watched(tensors: Sequence[Any]) -> bool:
+    """Whether a derivative, compiler, transform or mode looks on."""
+    return (torch.is_grad_enabled() and any_grad(tensors)) or transformed()
+
+
+def transformed() -> bool:
+    """Whether a compiler, transform or mode looks on."""
+    return (
         torch.compiler.is_compiling()
         or functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 

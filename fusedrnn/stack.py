@@ -47,7 +47,7 @@ def layers(
     each = len(params) // num_layers
     weights = [params[k * each : (k + 1) * each] for k in range(num_layers)]
     starts = [[s[k * directions : (k + 1) * directions] for s in states] for k in range(num_layers)]
-    if batch_sizes is None and directions == 1 and _overlaps(input, states, params):
+    if batch_sizes is None and directions == 1 and _overlaps(input):
         lanes = Lanes(input.device, num_layers)
         return wavefront(lanes, input, weights, starts, cell, dropout, backend, resets)
     lasts = []
@@ -63,9 +63,9 @@ def _joined(lasts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(of_layers) for of_layers in zip(*lasts)]
 
 
-def _overlaps(input: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+def _overlaps(input: Tensor) -> bool:
     """Whether the layers of a dense stack should run beside each other."""
-    if input.device.type != "cuda" or not ops.eager((input, *states, *params)):
+    if input.device.type != "cuda" or type(input) is not Tensor or ops.transformed():
         return False
     return input.shape[0] >= 2 * STEPS and input.shape[1] <= _MOST_ROWS
 

@@ -49,7 +49,7 @@ class Notes:
 def wavefronts(monkeypatch: pytest.MonkeyPatch) -> list[Notes]:
     monkeypatch.setattr(stack, "Lanes", Notes)
     monkeypatch.setattr(stack, "STEPS", 4)
-    monkeypatch.setattr(stack, "_overlaps", lambda input, states, params: input.shape[0] >= 2 * stack.STEPS)
+    monkeypatch.setattr(stack, "_overlaps", lambda input: input.shape[0] >= 2 * stack.STEPS)
     Notes.instances = []
     return Notes.instances
 
@@ -128,4 +128,4 @@ def test_packed_and_bidirectional_stacks_run_in_line(wavefronts: list[Notes]) ->
 
 
 def test_a_cpu_has_no_lanes() -> None:
-    assert not stack._overlaps(torch.randn(999, 1, 5), [], [])
+    assert not stack._overlaps(torch.randn(999, 1, 5))

@@ -19,13 +19,14 @@ const AttendFunctions<S>& functions_of(const AttendKernels& k) {
   if constexpr (std::is_same_v<S, Half>) return k.f16;
 }
 
-// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some.
-constexpr double kWorthARegion = 2e5, kTanh = 8;
+// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some, fewer of keys that
+// are kept.
+constexpr double kWorthARegion = 2e5, kTanh = 8, kTanhOfKept = 3;
 
 template <class S>
-int threads_for(const Attend<S>& a, int threads) {
+int threads_for(const Attend<S>& a, int threads, double tanh = kTanh) {
   const double pairs = double(a.batch) * double(a.heads) * double(a.queries) * double(a.keys);
-  const double each = double(a.width) * (a.score == kAdditive ? kTanh : 1) + double(a.values);
+  const double each = double(a.width) * (a.score == kAdditive ? tanh : 1) + double(a.values);
   return pairs * each < kWorthARegion ? 1 : std::max(threads, 1);
 }
 
@@ -58,13 +59,16 @@ Slice part_of(int64_t n, int64_t unit, int64_t i, int64_t parts) {
 template <class T>
 class Scratch {
  public:
-  Scratch(int64_t elements, int64_t count)
-      : each_(padded(elements)), buffer_(allocate(each_ * count * static_cast<int64_t>(sizeof(T)))) {}
-  T* of(int64_t i) const { return reinterpret_cast<T*>(buffer_.get()) + i * each_; }
+  Scratch(int64_t elements, int64_t count) : each_(padded(elements)) {
+    const int64_t bytes = each_ * count * static_cast<int64_t>(sizeof(T));
+    if (bytes > static_cast<int64_t>(sizeof near_)) far_ = allocate(bytes);
+  }
+  T* of(int64_t i) { return reinterpret_cast<T*>(far_ ? far_.get() : near_) + i * each_; }
 
  private:
   int64_t each_;
-  Buffer buffer_;
+  alignas(64) char near_[16 << 10];  // malloc would tidy up for a block of a step's size
+  Buffer far_;
 };
 
 }  // namespace
@@ -73,23 +77,27 @@ template <class S>
 void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   using T = Acc<S>;
   const AttendFunctions<S>& f = functions_of<S>(k.attend);
-  threads = threads_for(a, threads);
+  threads = threads_for(a, threads, a.kept ? kTanhOfKept : kTanh);
   const Tiles tiles(a, a.width, threads);
   const int64_t row = score_stride(a.keys), of_scores = score_scratch(tiles.most, a.width, sizeof(T));
   if (tiles.count >= threads || tiles.count == 0) {
-    const Scratch<T> scratch(tiles.most * row + of_scores, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < tiles.count; ++i) {
-      T* scores = scratch.of(omp_get_thread_num());
+    Scratch<T> scratch(tiles.most * row + of_scores, threads);
+    const auto run = [&](int64_t i, T* scores) {
       f.scores(a, tiles.head(i), tiles.slice(i), {0, a.keys}, scores, scores + tiles.most * row);
       f.context(a, tiles.head(i), tiles.slice(i), {0, a.values}, scores, scores);
+    };
+    if (threads == 1) {
+      for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(0));
+      return;
     }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(omp_get_thread_num()));
     return;
   }
   // Too few queries for all threads: the keys are shared out, then the columns of the context, for which each
   // makes the softmax again.
   const int64_t parts = ceil_div(threads, tiles.count), items = tiles.count * parts;
-  const Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
+  Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
 #pragma omp parallel num_threads(threads)
   {
     T* const mine = scratch.of(omp_get_thread_num());
@@ -108,6 +116,14 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
   }
 }
 
+void run_projection(const Kernels& k, const Projection& p, int threads) {
+  const int64_t work = p.rows * p.inputs * p.outputs;
+  if (double(work) < kWorthARegion) threads = 1;
+  if (threads == 1) return k.attend.step.project(p, {0, p.outputs});  // OpenMP's way to find that out takes longer
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int i = 0; i < threads; ++i) k.attend.step.project(p, part_of(p.outputs, kPad, i, threads));
+}
+
 template <class S>
 void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
   using T = Acc<S>;
@@ -117,9 +133,9 @@ void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
   const int64_t heads = a.batch * a.heads, blocks = ceil_div(a.width, f.width);
   const int64_t groups = ceil_div(a.values, 4 * f.width);
   const bool columns = a.d_query || a.d_key || a.d_v;
-  const Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
+  Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
                            threads);
-  const Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
+  Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
   a.d_v_of_heads = of_heads.of(0);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

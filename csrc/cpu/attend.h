@@ -53,6 +53,8 @@ struct AttendForward : Attend<S> {
   S* weights;                     // [B, N, Tq, Tk] after dropout, or null
   T* lse;                         // [B, N, Tq] log of the sum of the scores' exponentials, or null
   T* probabilities;               // [B, N, Tq, Tk] before dropout, or null
+  bool steps;                     // the keys will meet more queries, in other calls that are to give the same digits
+  const T* kept;                  // [B, N, Tk, ceil(D/W), parts, W] what AttendStep::keep made of the keys, or null
 };
 
 // Gradients that are null are not wanted.
@@ -95,11 +97,31 @@ struct AttendFunctions {
   int width;  // values of a vector
 };
 
+// out = x @ weight.T + bias, for a few rows.
+struct Projection {
+  int64_t rows, inputs, outputs;  // R, I, O
+  const float* x;                 // [R, I]
+  int64_t x_stride;
+  const float* weight;            // [O, I]
+  int64_t weight_stride;
+  const float* bias;              // [O] or null
+  float* out;                     // [R, O]
+};
+
+// What one step of a decoder has besides.
+struct AttendStep {
+  // Prepares keys that many steps will meet; false where steps must take them as they are.
+  bool (*keep)(const float* keys /*[count, D]*/, int64_t count, int64_t width, float* kept /*kept_size(count, D)*/);
+  // Some columns of out.
+  void (*project)(const Projection&, Slice outputs);
+};
+
 struct AttendKernels {
   AttendFunctions<float> f32;
   AttendFunctions<double> f64;
   AttendFunctions<Bf16> bf16;
   AttendFunctions<Half> f16;
+  AttendStep step;
 };
 
 // Vectors of every level fit into rows of whole multiples of this.
@@ -109,6 +131,7 @@ constexpr int64_t padded(int64_t n) { return ceil_div(n, kPad) * kPad; }
 constexpr int64_t score_stride(int64_t keys) { return padded(keys); }
 // What a score prepares of an element, at most.
 constexpr int64_t kMostParts = 2;
+constexpr int64_t kept_size(int64_t keys, int64_t width) { return keys * kMostParts * padded(width); }
 // The keys that are prepared at once stay in the first-level cache while all queries of an item meet them.
 constexpr int64_t key_tile(int64_t width, int64_t element_bytes) {
   const int64_t fit = (int64_t{16} << 10) / (kMostParts * padded(width) * element_bytes + 1) / 4 * 4;

@@ -15,7 +15,7 @@ void score_gradients(const AttendBackward<S>& a, int64_t head, Slice queries, Ac
   T* d_scores = a.d_scores + (first + queries.begin) * a.keys;
   if (a.d_context.data) {  // of the weights first: the scores of d_context and values
     scores_as<Dot>(of_head(a.d_context, a.heads, head), queries, of_head(a.value, a.heads, head), Slice{0, keys},
-                   a.values, static_cast<const S*>(nullptr), d_scores, a.keys, scratch);
+                   nullptr, a.values, static_cast<const S*>(nullptr), d_scores, a.keys, scratch);
   }
   for (int64_t i = queries.begin; i < queries.end; ++i, d_scores += a.keys) {
     const T* p = a.probabilities + (first + i) * a.keys;
@@ -90,7 +90,7 @@ void column_gradients(const AttendBackward<S>& a, int64_t head, int64_t column, 
   clear(dq, 0, (a.queries + a.keys) * W);
   T dv[W] = {};
   const T* g = a.d_scores + head * a.queries * a.keys;
-  with_score(a, q, queries, k, keys, columns, [&](auto score) {
+  with_score(a, q, queries, k, keys, columns, queries.size() > 1, false, [&](auto score) {
     using Score = decltype(score);
     prepare<Score>(q, queries, columns, prepared_q);
     prepare<Score>(k, keys, columns, prepared_k);
@@ -136,7 +136,8 @@ constexpr AttendFunctions<S> attend_functions() {
 }
 
 constexpr AttendKernels attend_kernels() {
-  return {attend_functions<float>(), attend_functions<double>(), attend_functions<Bf16>(), attend_functions<Half>()};
+  return {attend_functions<float>(), attend_functions<double>(), attend_functions<Bf16>(), attend_functions<Half>(),
+          {keep, project}};
 }
 
 }  // namespace

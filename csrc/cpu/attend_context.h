@@ -39,15 +39,6 @@ struct Dropout {
   }
 };
 
-// f(j, lanes) for vectors of [0, n), the last one in part; `lanes` is a constant of the others.
-template <class T, class F>
-FUSEDRNN_HD void for_vectors(int64_t n, F f) {
-  constexpr int W = Simd<T>::kWidth;
-  int64_t j = 0;
-  for (; j + W <= n; j += W) f(j, Constant<W>{});
-  if (j < n) f(j, static_cast<int>(n - j));
-}
-
 template <class T>
 FUSEDRNN_HD typename Simd<T>::V fill_lanes(typename Simd<T>::V v, int n, T rest) {
   for (int i = n; i < Simd<T>::kWidth; ++i) v[i] = rest;

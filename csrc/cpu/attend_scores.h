@@ -2,6 +2,8 @@
 // in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "../scores/additive.h"
 #include "../scores/dot.h"
 #include "attend.h"
@@ -30,6 +32,15 @@ FUSEDRNN_HD void for_row_blocks(int64_t rows, F f) {
   }
 }
 
+// f(j, lanes) for vectors of [0, n), the last one in part; `lanes` is a constant of the others.
+template <class T, class F>
+FUSEDRNN_HD void for_vectors(int64_t n, F f) {
+  constexpr int W = Simd<T>::kWidth;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) f(j, Constant<W>{});
+  if (j < n) f(j, static_cast<int>(n - j));
+}
+
 // Rows of one head.
 template <class X>
 struct HeadRows {
@@ -50,6 +61,12 @@ FUSEDRNN_HD int64_t keys_of(const Attend<S>& a, int64_t head) {
   return length < 0 ? 0 : length < a.keys ? length : a.keys;
 }
 
+// Values of a prepared row, blocks of W columns with their parts.
+template <class Score, class T>
+constexpr int64_t prepared_size(int64_t width) {
+  return ceil_div(width, Simd<T>::kWidth) * Score::kParts * Simd<T>::kWidth;
+}
+
 template <class Score, class S>
 FUSEDRNN_HD void prepare(HeadRows<const S> rows, Slice which, Slice columns, Acc<S>* to /*[rows, blocks, parts, W]*/) {
   using V = typename Simd<Acc<S>>::V;
@@ -63,6 +80,8 @@ FUSEDRNN_HD void prepare(HeadRows<const S> rows, Slice which, Slice columns, Acc
     }
   }
 }
+
+using Kept = Additive<PerElement>;
 
 // Whether no element is larger than `most` or NaN.
 template <class S>
@@ -85,15 +104,15 @@ FUSEDRNN_HD bool all_within(HeadRows<const S> rows, Slice which, Slice columns, 
   return true;
 }
 
-// f(score) for the score of a, and for what its queries and keys in these columns allow.
+// f(score) for the score of a. An exponential per element, where these columns of all queries and keys allow it, is
+// worth it where elements are in more than one pair: `shared`. Keys that are kept do allow it.
 template <class S, class F>
 FUSEDRNN_HD void with_score(const Attend<S>& a, HeadRows<const S> q, Slice queries, HeadRows<const S> k, Slice keys,
-                            Slice columns, F f) {
+                            Slice columns, bool shared, bool kept, F f) {
   if (a.score == kDot) return f(Dot{});
-  // An exponential per element is worth it where elements are in more than one pair.
-  const bool shared = kFused && queries.size() > 1 && all_within(q, queries, columns, PerElement::kMost) &&
-                      all_within(k, keys, columns, PerElement::kMost);
-  return shared ? f(Additive<PerElement>{}) : f(Additive<PerPair>{});
+  const bool per_element = kFused && shared && all_within(q, queries, columns, PerElement::kMost) &&
+                           (kept || all_within(k, keys, columns, PerElement::kMost));
+  return per_element ? f(Additive<PerElement>{}) : f(Additive<PerPair>{});
 }
 
 // Rows of queries that meet a tile of keys at once, and the keys.
@@ -157,21 +176,24 @@ FUSEDRNN_HD void score_tile(int64_t blocks, const T* q /*[R, blocks, parts, W]*/
   }
 }
 
+// `kept` are all keys prepared, or null.
 template <class Score, class S>
-void scores_as(HeadRows<const S> q, Slice queries, HeadRows<const S> k, Slice keys, int64_t width, const S* v /*[D]*/,
-               Acc<S>* out /*[queries, Tk]*/, int64_t out_stride, Acc<S>* scratch /*score_scratch(D)*/) {
+void scores_as(HeadRows<const S> q, Slice queries, HeadRows<const S> k, Slice keys, const Acc<S>* kept, int64_t width,
+               const S* v /*[D]*/, Acc<S>* out /*[queries, Tk]*/, int64_t out_stride,
+               Acc<S>* scratch /*score_scratch(D)*/) {
   using T = Acc<S>;
   constexpr int W = Simd<T>::kWidth;
-  const int64_t blocks = ceil_div(width, W), row = blocks * Score::kParts * W, tile = key_tile(width, sizeof(T));
+  const int64_t blocks = ceil_div(width, W), row = prepared_size<Score, T>(width), tile = key_tile(width, sizeof(T));
   T *prepared_q = scratch, *prepared_k = prepared_q + queries.size() * row, *prepared_v = prepared_k + tile * row;
   const Slice all{0, width};
   prepare<Score>(q, queries, all, prepared_q);
   if constexpr (Score::kWeighted) prepare<Dot>(HeadRows<const S>{v, 0}, Slice{0, 1}, all, prepared_v);
   for (int64_t j = keys.begin; j < keys.end; j += tile) {
     const int64_t count = smaller(tile, keys.end - j);
-    prepare<Score>(k, Slice{j, j + count}, all, prepared_k);
+    const T* const these = kept ? kept + j * row : prepared_k;
+    if (!kept) prepare<Score>(k, Slice{j, j + count}, all, prepared_k);
     const auto rows = [&](auto r, int64_t i) {
-      score_tile<Score, T, r.value>(blocks, prepared_q + i * row, count, prepared_k, prepared_v,
+      score_tile<Score, T, r.value>(blocks, prepared_q + i * row, count, these, prepared_v,
                                     out + i * out_stride + j, out_stride);
     };
     for_row_blocks<kScoreRows>(queries.size(), rows);
@@ -182,8 +204,59 @@ template <class S>
 void scores(const AttendForward<S>& a, int64_t head, Slice queries, Slice keys, Acc<S>* out, Acc<S>* scratch) {
   const auto q = of_head(a.query, a.heads, head), k = of_head(a.key, a.heads, head);
   keys.end = smaller(keys.end, keys_of(a, head));
-  with_score(a, q, queries, k, keys, Slice{0, a.width}, [&](auto score) {
-    scores_as<decltype(score)>(q, queries, k, keys, a.width, a.v, out, score_stride(a.keys), scratch);
+  const bool shared = queries.size() > 1 || a.steps;
+  with_score(a, q, queries, k, keys, Slice{0, a.width}, shared, a.kept != nullptr, [&](auto score) {
+    using Score = decltype(score);
+    const Acc<S>* kept = nullptr;
+    if constexpr (std::is_same_v<Score, Kept>) {
+      if (a.kept) kept = a.kept + head * a.keys * prepared_size<Kept, Acc<S>>(a.width);
+    }
+    scores_as<Score>(q, queries, k, keys, kept, a.width, a.v, out, score_stride(a.keys), scratch);
+  });
+}
+
+inline bool keep(const float* keys, int64_t count, int64_t width, float* kept) {
+  const HeadRows<const float> rows{keys, width};
+  const Slice all{0, count}, columns{0, width};
+  if (!kFused || !all_within(rows, all, columns, PerElement::kMost)) return false;
+  prepare<Kept>(rows, all, columns, kept);
+  return true;
+}
+
+template <int R>
+FUSEDRNN_HD void project_rows(const Projection& p, const float* x /*[R, I]*/, Slice outputs, float* out /*[R, O]*/) {
+  constexpr int C = kScoreKeys<float>;
+  for (int64_t o = outputs.begin; o < outputs.end; o += C) {
+    const int count = static_cast<int>(smaller(C, outputs.end - o));
+    const float* row[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) row[c] = p.weight + (o + (c < count ? c : 0)) * p.weight_stride;
+    VecF sum[R * C] = {};
+    for_vectors<float>(p.inputs, [&](int64_t i, auto n) __attribute__((always_inline)) {
+      VecF w[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) w[c] = load(row[c] + i, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const VecF mine = load(x + r * p.x_stride + i, n);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sum[r * C + c] += mine * w[c];
+      }
+    });
+    store_sums<float, R>(sum, count, out + o, p.outputs);
+  }
+  if (p.bias == nullptr) return;
+  for (int r = 0; r < R; ++r) {
+    for_vectors<float>(outputs.size(), [&](int64_t i, auto n) {
+      float* const to = out + r * p.outputs + outputs.begin + i;
+      store(to, load(to, n) + load(p.bias + outputs.begin + i, n), n);
+    });
+  }
+}
+
+inline void project(const Projection& p, Slice outputs) {
+  for_row_blocks<kScoreRows>(p.rows, [&](auto r, int64_t i) {
+    project_rows<r.value>(p, p.x + i * p.x_stride, outputs, p.out + i * p.outputs);
   });
 }
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import attend
+from ..attend import attend, attend_step
 
 
 class Memory(NamedTuple):
@@ -25,6 +25,10 @@ class Memory(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+
+# Weight and bias of the query's projection, v, and g if v is g v / |v|.
+Projection = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class Attention(nn.Module):
@@ -75,17 +79,28 @@ class Attention(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as :func:`fusedrnn.attend`, naming the argument.
         """
+        if isinstance(memory, Memory):
+            found = self._step(query, memory, lengths, mask, need_weights)
+            if found is not None:
+                return found
         self._check_query(query)
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
         return self._attend(query, memory.key, memory.value, lengths, mask, need_weights)
 
     def project_memory(self, memory: Tensor) -> Memory:
-        """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step."""
+        """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step.
+
+        Steps keep what they make of the keys. A write into them is noticed, but not one through ``.data``.
+        """
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")
         if memory.shape[-1] != self.memory_size:
             raise RuntimeError(f"memory: expected {self.memory_size} features, got {memory.shape[-1]}")
-        return Memory(self._project_key(memory), memory)
+        key = self._project_key(memory)
+        if not torch.compiler.is_compiling() and key is not memory and key.is_inference():
+            with torch.inference_mode(False):
+                key = key.clone()  # one with a version, by which a step sees faster whether it has changed
+        return Memory(key, memory)
 
     def _attend(
         self,
@@ -98,9 +113,10 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         rows = query.shape[:-1]
         beams, steps = (*(1, 1)[: 4 - query.dim()], *rows[1:])
+        projected = self._project_query(query)
         context, weights = attend(
             self.score,
-            self._project_query(query).reshape(rows[0], 1, beams * steps, -1),
+            projected.reshape(rows[0], 1, beams * steps, projected.shape[-1]),
             key.unsqueeze(1),
             value.unsqueeze(1),
             self._scaled_v(),
@@ -113,6 +129,29 @@ class Attention(nn.Module):
         if weights is not None:
             weights = weights.reshape(*rows, weights.shape[-1])
         return context.reshape(*rows, context.shape[-1]), weights
+
+    def _step(
+        self,
+        query: Tensor,
+        memory: Memory,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """One call of a kernel that projects too; None where `_attend` has to do it."""
+        if torch.compiler.is_compiling() or (self.training and self.dropout):
+            return None
+        taken = self._projection()
+        if taken is None:
+            return None
+        weight, bias, v, g = taken
+        key, value = memory
+        scale = 1 / self.temperature
+        return attend_step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
+
+    def _projection(self) -> Projection | None:
+        """All that `_project_query` and `_v` compute with; None if there is more to it."""
+        return None
 
     def _check_query(self, query: Tensor) -> None:
         if not 2 <= query.dim() <= 4:
@@ -147,6 +186,16 @@ def check_size(name: str, size: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
     if size <= 0:
         raise ValueError(f"{name}: expected a size greater than zero, got {size}")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a Linear, and no more happens when it is called."""
+    return type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or "forward" in layer.__dict__
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _rows_of(mask: Tensor, beams: int, steps: int) -> Tensor:
@@ -222,6 +271,13 @@ class BahdanauAttention(Attention):
 
     def _v(self) -> Tensor:
         return self.v if self.g is None else self.g * self.v / self.v.norm()
+
+    def _projection(self) -> Projection | None:
+        layer: Any = self._modules["query_layer"]  # not by attributes, which take longer than the check
+        own: Any = self._parameters
+        if not is_plain(layer) or "v" not in own or "g" not in own:
+            return None
+        return layer._parameters["weight"], layer._parameters["bias"], own["v"], own["g"]
 
 
 class LuongAttention(Attention):
@@ -308,6 +364,11 @@ class LuongAttention(Attention):
 
     def _v(self) -> Tensor | None:
         return self.v
+
+    def _projection(self) -> Projection | None:
+        if self.W is None or self.v is None or not is_plain(self.W):
+            return None
+        return self.W.weight[:, : self.query_size], None, self.v, None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score={self.kind!r}"

@@ -204,9 +204,10 @@ class ForwardAttention(BahdanauAttention):
     ) -> tuple[Tensor, Tensor, Alignments]:
         """One step of a decoder; as :meth:`CoverageAttention.forward`, from :meth:`initial_state` on."""
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
-        beams = _per_beam(state.previous).shape[1]
-        key = memory.key.unsqueeze(1).expand(-1, beams, -1, -1)
-        _, content = _step(self, query, key, memory.value[..., :0], lengths, mask)
+        _check_beams(self, query, _per_beam(state.previous).shape[1])
+        energies_only = Memory(memory.key, memory.value[..., :0])
+        _, content = BahdanauAttention.forward(self, query, energies_only, lengths, mask, need_weights=True)
+        assert content is not None
         moved = nn.functional.pad(state.previous, (1, 0))[..., :-1]
         weights = (state.previous + moved) * content
         total = weights.sum(-1, keepdim=True)
@@ -229,11 +230,9 @@ def _step(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Context and weights of one step whose keys [B, beams, Tk, H] each beam has for itself."""
-    attention._check_query(query)
     rows = query.shape[:-1]
     beams = key.shape[1]
-    if query.dim() > 3 or rows[1:].numel() != beams:
-        raise RuntimeError(f"query: expected as many beams as state, {beams}, got shape {list(query.shape)}")
+    _check_beams(attention, query, beams)
     context, weights = attend(
         "additive",
         attention._project_query(query).reshape(rows[0], beams, 1, -1),
@@ -247,3 +246,9 @@ def _step(
     )
     assert weights is not None
     return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, -1)
+
+
+def _check_beams(attention: BahdanauAttention, query: Tensor, beams: int) -> None:
+    attention._check_query(query)
+    if query.dim() > 3 or query.shape[1:-1].numel() != beams:
+        raise RuntimeError(f"query: expected as many beams as state, {beams}, got shape {list(query.shape)}")

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from . import _C, _pointer, _sums, no_kernel
+from .kept import Kept
 
 _SCORES = {"additive": 0, "dot": 1}  # in csrc/cpu/attend.h
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # in csrc/attend.cpp
 _NO_ROWS = (0, 0, 0, 0)
+_keys: Kept[object] = Kept(lambda key: _C.attend_keys(not key.is_inference()))
 
 
 def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:
@@ -121,6 +123,37 @@ def backward(
     if needs[4] and mask is not None:
         d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
     return d_query, d_key, d_value, d_v, d_mask
+
+
+def step(
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    v: Tensor,
+    g: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Context and weights of additive attention, the query's projection included; None if it takes `forward`.
+
+    From the second call with a tensor of keys on, exponentials of it are kept (csrc/attend_step.cpp).
+
+    Args:
+        query, weight, bias: [B, ..., Q], [D, Q] and [D] or None, of the projection.
+        v, g: [D], and a number as a tensor if v is g v / |v|.
+        key, value: [B, Tk, D], [B, Tk, Dv].
+        lengths: None or int64 [B].
+        mask: None or bool [B|1, Tk].
+        scale: of the scores.
+    """
+    return _C.attend_step(
+        _keys.of(key), torch.get_num_threads(), need_weights, scale, query, weight, bias, v, g, key, value,
+        lengths, mask,
+    )  # fmt: skip
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int]:

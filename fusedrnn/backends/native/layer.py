@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import _C, _STORAGE, _large, _pointer, _stored, _sums, _wide, cuda, no_kernel
+from .kept import Kept
 
 
 class _Cell(NamedTuple):
@@ -60,19 +60,8 @@ def saved_tensors(
 # ---- packed weights ----------------------------------------------------------------------------
 
 
-class _Packs(NamedTuple):
-    owner: weakref.ref[Tensor]
-    packs: dict[str, tuple[tuple[object, ...], Tensor]]
-
-
-# By id of the weight, never as its attribute (that would leak into pickles and copies).
-_table: dict[int, _Packs] = {}
-
-
-def _forget(dead: weakref.ref[Tensor], key: int) -> None:
-    entry = _table.get(key)
-    if entry is not None and entry.owner is dead:
-        del _table[key]
+# For each weight, by kind: what the pack was made from, and the pack.
+_packs: Kept[dict[str, tuple[tuple[object, ...], Tensor]]] = Kept(lambda weight: {})
 
 
 def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:
@@ -90,16 +79,12 @@ def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:
         _C.isa(),
         gates,
     )
-    entry = _table.get(id(weight))
-    if entry is not None and entry.owner() is weight:
-        found = entry.packs.get(kind)
-        if found is not None and found[0] == key:
-            return found[1]
-    else:
-        number = id(weight)
-        entry = _table[number] = _Packs(weakref.ref(weight, lambda dead: _forget(dead, number)), {})
+    packs = _packs.of(weight)
+    found = packs.get(kind)
+    if found is not None and found[0] == key:
+        return found[1]
     pack = _pack(_stored(weight), kind, gates)
-    entry.packs[kind] = (key, pack)
+    packs[kind] = (key, pack)
     return pack
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import pytest
 import torch
 
 from fusedrnn.backends import native, select
+from fusedrnn.bench.cases import Case
 from fusedrnn.bench.device import Call, Cpu
 from fusedrnn.bench.gpu import DEVICES
 
 if not (Path(__file__).parents[1] / "benchmarks").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
-from benchmarks.gpu import build, checks
+from benchmarks.gpu import build, checks, floors
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.driver import LATE, ROOT, SKIPPED, Outcome, Step, run, start
 from benchmarks.gpu.steps import steps
-from benchmarks.gpu.summary import report
+from benchmarks.gpu.summary import report, show
 
 # ---- the driver --------------------------------------------------------------------------------
 
@@ -144,6 +146,66 @@ def test_the_report_has_a_line_for_every_result() -> None:
     assert found["steps"][0]["result"] == [{"cell": "lstm"}]
     assert "result" not in found["steps"][1]
     assert "results" not in report({}, [Outcome("benchmark", "out of time", 1.0, "")])
+
+
+def exchange(mechanism: str, blocks: int, size: int, ns: float | None, cluster: int = 1) -> dict[str, Any]:
+    row = {"mechanism": mechanism, "blocks": blocks, "cluster": cluster, "bytes": size, "wrong": 0}
+    return row if ns is None else {**row, "ns": {"p50": ns}}
+
+
+EXCHANGES = [
+    exchange("block", 1, 0, 20),
+    exchange("counter", 8, 4096, 500),
+    exchange("counter", 132, 4096, 900),
+    exchange("counter", 132, 32768, 1000),
+    exchange("counter", 132, 0, 700),
+    exchange("push", 16, 4096, None, 16),
+    exchange("push", 8, 4096, 300, 8),
+]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "size", "ns"),
+    [
+        ("cta", 128, 20),
+        ("resident", 9999, 20),
+        ("grid", 4096, 900),
+        ("persistent", 4097, 1000),
+        ("grid", 1 << 20, 1000),
+        ("cluster", 64, 300),
+        ("stepped", 64, None),
+    ],
+)
+def test_the_floor_is_the_exchange_that_a_schedule_waits_for(
+    schedule: str, size: int, ns: float | None
+) -> None:
+    found = floors.floor(schedule, size, EXCHANGES)
+    assert found == (None if ns is None else pytest.approx(ns * 1e-9))
+
+
+def test_steps_are_held_against_their_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    case = asdict(Case("lstm", 512, 4, 64, "training", "dense", "bf16"))
+    shared = {**case, "group": "named", "parity": {"ok": True}, "ratio": 2.0, "graph_ratio": None}
+    slow = {**shared, "backend": "native", "schedule": "grid", "step_seconds": 7.2e-6}
+    plain = {**shared, "backend": "triton", "schedule": "stepped", "step_seconds": 1e-5}
+    outcomes = [
+        Outcome("latency", "ok", 1.0, "", {"results": EXCHANGES}),
+        Outcome("native benchmark", "ok", 1.0, "", {"results": [slow]}),
+        Outcome("benchmark", "ok", 2.0, "", {"results": [plain]}),
+    ]
+    found = report({}, outcomes)
+    (native,) = found["steps"][1]["result"]["results"]
+    assert native["floor_seconds"] == pytest.approx(1.8e-6)
+    assert native["of_floor"] == pytest.approx(0.25)
+    assert found["results"][0]["of_floor"] is None
+    show(found, outcomes)
+    printed = capsys.readouterr().out
+    assert "25%" in printed
+    assert "grid" in printed
+
+
+def test_every_check_is_a_step() -> None:
+    assert set(checks.CHECKS) <= {step.name for step in steps("cuda", quick=False)}
 
 
 # ---- the steps ---------------------------------------------------------------------------------

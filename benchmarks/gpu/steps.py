@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checks import CHECKS
 from .driver import ROOT, SKIPPED, Step
-from .summary import BENCHMARK
+from .summary import BENCHMARK, LATENCY, NATIVE
 
 # What tests without a GPU set would run here too.
 _COMPILED = {"TRITON_INTERPRET": "0"}
@@ -22,7 +22,7 @@ _SANITIZED = {**_REPEATABLE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _ENVIRONMENT = {
     "memcheck": _SANITIZED,
     "racecheck": _SANITIZED,
-    "native benchmark": _COMPILED,
+    NATIVE: _COMPILED,
     BENCHMARK: _COMPILED,
 }
 # Those that run on the hardware where there is a GPU, elsewhere in an interpreter.
@@ -39,10 +39,11 @@ _SECONDS: dict[str, tuple[float, float | None]] = {
     "graphs": (20, 12),
     "sync": (10, 8),
     "streams": (10, 8),
+    "wavefront": (10, None),
     "determinism": (15, 8),
     "long": (20, None),
-    "latency": (10, None),
-    "native benchmark": (45, None),
+    LATENCY: (10, None),
+    NATIVE: (45, None),
     BENCHMARK: (0, 0),
 }
 _MARGIN = 0.15  # of the benchmark's time, for the case that it is at and for its report
@@ -59,8 +60,8 @@ def steps(device: str, quick: bool, tests: Path = ROOT / "tests") -> list[Step]:
         "memcheck": _sanitizer(device, "memcheck"),
         "racecheck": _sanitizer(device, "racecheck"),
         **{name: _check(device, name, *(("--tiny",) if dry else ())) for name in CHECKS},
-        "latency": _latency(device),
-        "native benchmark": _benchmark(device, "native"),
+        LATENCY: _latency(device),
+        NATIVE: _benchmark(device, "native"),
         BENCHMARK: _benchmark(device, "triton"),
     }
     found = []

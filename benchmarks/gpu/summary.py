@@ -9,16 +9,32 @@ from typing import Any
 from fusedrnn import terminal
 from fusedrnn.bench.cases import Case
 
+from . import floors
 from .driver import COLUMNS, Outcome
 
-BENCHMARK = "benchmark"
-_CASE_COLUMNS = ("named case", "backend", "us a step", "over torch", "both replayed")
+BENCHMARK, NATIVE, LATENCY = "benchmark", "native benchmark", "latency"
+_CASE_COLUMNS = (
+    "named case",
+    "backend",
+    "us a step",
+    "over torch",
+    "both replayed",
+    "schedule",
+    "of its floor",
+)
 _GOAL_COLUMNS = ("goal", "limit", "reached", "verdict")
 
 
 def report(head: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """``head``, every step, and what the benchmark found beside them: its results get a line each."""
+    """``head``, every step, and what the benchmark found beside them: its results get a line each.
+
+    Steps of a scan are held against their floor, where what they wait for was timed too.
+    """
     records = [outcome.record() for outcome in outcomes]
+    by_name = {record["name"]: record["result"] or {} for record in records if "result" in record}
+    if exchanges := by_name.get(LATENCY, {}).get("results"):
+        for name in (BENCHMARK, NATIVE):
+            floors.add(by_name.get(name, {}).get("results", ()), exchanges)
     found: dict[str, Any] = {}
     for record in records:
         if record["name"] == BENCHMARK:
@@ -28,7 +44,12 @@ def report(head: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, An
 
 def show(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
     """Print what a report says: the named cases, the goals, and the steps last."""
-    named = [result for result in found.get("results", ()) if result["group"] == "named"]
+    native: Mapping[str, Any] = {}
+    for step in found["steps"]:
+        if step["name"] == NATIVE:
+            native = step.get("result") or {}
+    results = [*native.get("results", ()), *found.get("results", ())]
+    named = [result for result in results if result["group"] == "named"]
     if named:
         terminal.table(_CASE_COLUMNS, [_case(result) for result in named])
         print()
@@ -41,9 +62,17 @@ def show(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
 def _case(result: Mapping[str, Any]) -> tuple[str, ...]:
     label = Case(**{field.name: result[field.name] for field in fields(Case)}).label
     if not result["parity"]["ok"]:
-        return label, result["backend"], "RED", "", ""
+        return label, result["backend"], "RED", *[""] * 4
     ratios = (result["ratio"], result["graph_ratio"])
-    return label, result["backend"], f"{result['step_seconds'] * 1e6:.2f}", *map(_number, ratios)
+    of_floor = result.get("of_floor")
+    return (
+        label,
+        result["backend"],
+        f"{result['step_seconds'] * 1e6:.2f}",
+        *map(_number, ratios),
+        result.get("schedule", "-"),
+        "-" if of_floor is None else f"{of_floor:.0%}",
+    )
 
 
 def _goal(goal: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from ..doctor import cpu_model, instruction_set
 from . import ceilings
+from .cases import AnyCase
 from .ceilings import Limits
 from .timing import on_host
 
@@ -54,6 +55,9 @@ class Device(Protocol):
     def release(self) -> None:
         """Give back memory that is kept for reuse: the next case has other sizes."""
 
+    def schedule(self, case: AnyCase, backend: str) -> str:
+        """How that backend's forward scan of a layer is spread over the device; "" where there is one way."""
+
     def ceilings(self) -> Limits:
         """Measure what the machine can do."""
 
@@ -73,6 +77,9 @@ class Cpu:
 
     def side_stream(self) -> Any:
         raise RuntimeError("a CPU has no streams")
+
+    def schedule(self, case: AnyCase, backend: str) -> str:
+        return ""
 
     def synchronize(self) -> None:
         pass

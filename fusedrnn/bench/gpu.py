@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.native import cuda
+from ..backends.triton import plan
+from ..cells import CELLS
 from ..doctor import version
 from ..parity import DTYPES, tf32
-from .cases import AnyCase
+from .cases import AnyCase, Case
 from .device import Call, Cpu, Device
 
 SETS = 4  # inputs in turn where one would stay in the L2 cache
@@ -135,6 +138,19 @@ class Cuda:
     def release(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
+
+    def schedule(self, case: AnyCase, backend: str) -> str:
+        if not isinstance(case, Case):
+            return ""
+        dtype = DTYPES[case.dtype]
+        if backend == "native":
+            return cuda.schedule(case.cell, dtype, case.hidden)
+        if backend != "triton":
+            return ""
+        gates, directions = len(CELLS[case.cell].gates), 2 if case.layout == "bidirectional" else 1
+        sizes = (gates, case.hidden, dtype.itemsize, case.batch, directions)
+        found = plan.choose(*sizes, False, plan.machine(torch.device("cuda", torch.cuda.current_device())))
+        return found.schedule
 
     def ceilings(self) -> GpuCeilings:
         flops = {name: self._gemm_rate(DTYPES[name], "off") for name in ("bf16", "fp16", "fp32", "fp64")}

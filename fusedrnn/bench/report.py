@@ -44,6 +44,7 @@ class Result:
         graph: of replays of a captured call, per side that could be captured.
         no_graph: why a side could not be.
         memory: peak extra bytes per side, where they were asked for.
+        schedule: of a scan on a GPU.
     """
 
     group: str
@@ -55,6 +56,7 @@ class Result:
     graph: Mapping[str, Times] = field(default_factory=dict)
     no_graph: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
+    schedule: str = ""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -131,6 +133,7 @@ class Result:
             "group": self.group,
             **asdict(self.case),
             "backend": self.backend,
+            "schedule": self.schedule,
             "parity": {**asdict(self.worst), "ok": self.worst.ok},
             "seconds": {side: asdict(t) for side, t in self.times.items()},
             "ratio": found.get("torch"),

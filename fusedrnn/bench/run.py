@@ -53,4 +53,5 @@ def _timed(
             no_graph[side] = f"{type(first).__name__}: {first}".splitlines()[0]
     times, rounds = interleave({**calls, **replays}, seconds, sample=device.sample)
     graph = {name.removesuffix(_GRAPH): times.pop(name) for name in replays}
-    return Result(*what, times, rounds, graph, no_graph)
+    _, case, backend, _ = what
+    return Result(*what, times, rounds, graph, no_graph, schedule=device.schedule(case, backend))

@@ -107,6 +107,12 @@ def gates_again(c: gpu.Call, states: Sequence[Tensor], output: Tensor) -> Tensor
 # ---- which schedule ----------------------------------------------------------------------------
 
 
+def schedule(cell: str, dtype: torch.dtype, hidden: int, backward: bool = False) -> str:
+    """The name of the schedule that runs a scan on the current device."""
+    number = _schedule(cell, _storage(dtype), hidden, backward, _device())
+    return next(name for name, known in _SCHEDULES.items() if known == number)
+
+
 @cache
 def _schedule(cell: str, storage: int, hidden: int, backward: bool, device: int) -> int:
     """The first that can run the scan, asked of the code that launches it.

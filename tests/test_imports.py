@@ -92,7 +92,10 @@ FILES = {
 }
 MODULES = {*FILES, "fusedrnn._C"}
 # Each may import from what follows it, and from its own room.
-ROOMS = ("modules", "functional", "attend", "ops", "operators", "backends", "saving", "scores", "cells", "_C")
+ROOMS = (
+    *("modules", "functional", "stack", "attend", "ops", "operators"),
+    *("backends", "saving", "scores", "cells", "_C"),
+)
 
 
 def imports(name: str) -> Iterator[str]:

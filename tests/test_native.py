@@ -366,13 +366,13 @@ def test_packs_live_in_a_side_table_and_die_with_the_weight():
     run(args)
     weight = args[2][1]
     number = id(weight)
-    assert number in layer._table
+    assert number in layer._packs._entries
     assert not vars(weight)
-    pack = layer._table[number].packs["rows"][1]
+    pack = layer._packs.of(weight)["rows"][1]
     run(args)
-    assert layer._table[number].packs["rows"][1] is pack
+    assert layer._packs.of(weight)["rows"][1] is pack
     del weight, args
-    assert number not in layer._table
+    assert number not in layer._packs._entries
 
 
 def test_inference_tensors():

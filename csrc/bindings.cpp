@@ -157,9 +157,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "[k, n] -> [ceil(n/W), k, W]");
   m.def(
-      "huge_pages", [](uintptr_t memory, size_t bytes) { huge_pages(at<void>(memory), bytes); },
-      "asks for huge pages behind fresh memory");
-  m.def(
       "math",
       [](bool f64, int function, uintptr_t in, uintptr_t out, int64_t n) {
         const Kernels& table = kernels();

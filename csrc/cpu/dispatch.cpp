@@ -3,9 +3,6 @@
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -298,15 +295,6 @@ void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n
   share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_columns(weight, rows, n, begin, end, packed);
   });
-}
-
-void huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repeats, int threads) {

@@ -31,9 +31,6 @@ template <class S>
 void run_pack_columns(const Kernels& k, const S* weight /*[rows, n]*/, int64_t rows, int64_t n, Factor<S>* packed,
                       int threads);
 
-// Asks for huge pages behind fresh memory: a fault per 4096 bytes takes longer than a scan that writes them.
-void huge_pages(void* memory, size_t bytes);
-
 // Every thread reads its share of the data `repeats` times.
 uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repeats, int threads);
 

@@ -17,7 +17,6 @@ except ImportError as error:
     _C: ModuleType | None = None  # type: ignore[no-redef]
     _why_not = f"fusedrnn._C is not there ({error}); it is built by `pip install` where g++ works"
 
-_FRESH = 4 << 20  # bytes; malloc hands large blocks back to the system and takes fresh pages the next time
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # in csrc/bindings.cpp
 
 
@@ -61,10 +60,3 @@ def _wide(tensor: Tensor) -> Tensor:
 def _sums(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, gates and states."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _large(tensor: Tensor) -> Tensor:
-    """The tensor, with huge pages behind it if it is large enough for malloc to take fresh ones."""
-    if tensor.nbytes >= _FRESH:
-        _C.huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu
-from . import _C, _STORAGE, _large, _pointer, _stored, _sums, _wide, cuda, no_kernel
+from . import _C, _STORAGE, _pointer, _stored, _sums, _wide, cuda, no_kernel
 from .kept import Kept
 
 
@@ -98,10 +98,10 @@ def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
         weight = _even(weight)
         columns = weight.shape[-1]
         n = rows // gates
-        pack = _large(weight.new_empty(-(-n // width) * width * gates * columns))
+        pack = weight.new_empty(-(-n // width) * width * gates * columns)
         _C.pack_rows(storage, weight.data_ptr(), gates, n, columns, pack.data_ptr(), threads)
     else:
-        pack = _large(weight.new_empty(-(-columns // width) * width * -(-rows // per) * per))
+        pack = weight.new_empty(-(-columns // width) * width * -(-rows // per) * per)
         _C.pack_columns(storage, weight.data_ptr(), rows, columns, pack.data_ptr(), threads)
     return pack
 
@@ -173,14 +173,14 @@ def forward(
     per_direction = _weights(weights, directions)
 
     width = directions * proj
-    output = _large(x.new_empty((*lead, width)))
+    output = x.new_empty((*lead, width))
     sums = _sums(dtype)
     last = [s.clone() if dtype is sums else s.to(sums) for s in states]  # run in place
     saved: list[Tensor] = []
     if save:
         projected = per_direction[0].hr is not None
         found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save, "cpu")
-        saved = [_large(x.new_empty(shape, dtype=kept)) for shape, kept in found]
+        saved = [x.new_empty(shape, dtype=kept) for shape, kept in found]
     if rows:
         pointers = [t.data_ptr() for t in saved]
         gates_at = pointers.pop(0) if save and spec.saves_gates else 0
@@ -268,7 +268,7 @@ def backward(
     ]
     # Each direction makes a gradient of the input of its own; they are added at the end.
     new = x.new_empty if rows else x.new_zeros
-    d_input = _large(new((directions, rows, x.shape[1]))) if needs[0] else None
+    d_input = new((directions, rows, x.shape[1])) if needs[0] else None
     d_weights = [new(w.shape, dtype=sums) if need else None for w, need in zip(weights, needs[1])]
     if rows:
         args, alive = [], []

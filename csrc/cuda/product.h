@@ -75,7 +75,7 @@ struct Matrix {
 struct Split {
   using Storage = float;
   using Sum = float[8];
-  static constexpr int kSumRegisters = 8, kInFlight = 32;
+  static constexpr int kSumRegisters = 8, kInFlight = 40;
 
   struct Parts {
     uint32_t high[4], low[4];
@@ -83,12 +83,12 @@ struct Split {
 
   static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
   // To nearest; the instruction cuts the low part off, which costs as much.
-  static __device__ __forceinline__ Parts parts(uint4 piece) {
+  static __device__ __forceinline__ Parts parts(uint4 piece, uint32_t half) {
     const uint32_t all[4] = {piece.x, piece.y, piece.z, piece.w};
     Parts of;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      of.high[i] = (all[i] + 0x1000) & 0xFFFFE000;
+      of.high[i] = (all[i] + half) & 0xFFFFE000;
       of.low[i] = bits(number(all[i]) - number(of.high[i]));
     }
     return of;
@@ -96,7 +96,9 @@ struct Split {
   template <int kGroups>
   static __device__ __forceinline__ void add(Sum (&sums)[kGroups], const uint4 (&weights)[2 * kGroups],
                                              const unsigned char* chunk /*[8, stride]*/, int stride) {
-    Parts v = parts(load_piece(chunk + lane() / 4 * stride + lane() % 4 * 16));
+    // Parts of weights that stay in registers must not stay there too.
+    const uint32_t half = unknown(0x1000);
+    Parts v = parts(load_piece(chunk + lane() / 4 * stride + lane() % 4 * 16), half);
     // An infinite value has no low part, nor may it meet the low parts of weights, which are zero where they are exact.
     uint32_t finite[4];
 #pragma unroll
@@ -107,7 +109,7 @@ struct Split {
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const Parts upper = parts(weights[2 * g]), lower = parts(weights[2 * g + 1]);
+      const Parts upper = parts(weights[2 * g], half), lower = parts(weights[2 * g + 1], half);
       float large[4] = {}, small[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) small[i] = sums[g][4 + i];

@@ -29,7 +29,7 @@ from .offline.ptx import unguarded_releases
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
 # The products of csrc/cuda/product.h that are matrix instructions.
-MATRIX = re.compile(r"\b(Matrix<|Tf32\b)")
+MATRIX = re.compile(r"\b(Matrix<|Split\b|Tf32\b)")
 # Needs clusters, which sm_90 brought: empty before.
 CLUSTER, CLUSTERS_SINCE = re.compile(r"\bCluster\b"), 90
 _NAMESPACES = re.compile(r"\(anonymous namespace\)::|\b\w+::")

@@ -184,11 +184,16 @@ def no_gpu() -> str | None:
 
 @contextmanager
 def tf32(wanted: str | None) -> Iterator[None]:
-    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: on, off, or None for torch's own settings."""
+    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: on, off, or None for torch's own settings.
+
+    Strict is off and "ieee" for recurrent networks: of no parts in tf32 either (backends/native/cuda.py).
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     if wanted is not None:
         matmul.allow_tf32 = cudnn.allow_tf32 = wanted == "on"
+    if wanted == "strict":  # torch refuses to say what cuDNN allows where the two differ
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -200,8 +205,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument(
         "--tf32",
-        choices=("on", "off"),
-        help="TF32 in fp32 products on a GPU, of both sides (default: torch's own settings)",
+        choices=("on", "off", "strict"),
+        help="TF32 in fp32 products on a GPU, of both sides; strict: nor several products in TF32 for one in "
+        "fp32 (default: torch's own settings)",
     )
 
 

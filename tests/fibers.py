@@ -143,6 +143,7 @@ def on_fibers(
     multiprocessors: int = 16,
     shared: int = 227 << 10,
     race: str = "none",
+    split: bool = False,
 ) -> Iterator[list[tuple[str, str]]]:
     """Run CPU tensors by the CUDA kernels; yields the passes that ran, each with its schedule.
 
@@ -151,6 +152,7 @@ def on_fibers(
         order: who runs when several threads can, one of ORDERS; drawn with `seed` if random.
         multiprocessors, shared: of the GPU: how many blocks run at once, and bytes of shared memory of each.
         race: what is left out, one of RACES.
+        split: fp32 in parts of tf32, unless torch's flags ask for another way.
 
     Raises:
         ScanError: by a launch that fails.
@@ -165,6 +167,7 @@ def on_fibers(
 
     forget()
     instead = {"kernels": kernels, "DEVICE_TYPE": "cpu", "_device": lambda: 0, "_stream": lambda: 0}
+    instead["_split_pays"] = lambda device: split
     built = mock.patch.object(native, "unavailable", return_value=None)
     with mock.patch.multiple(cuda, **instead), built, use_backend("native"):
         yield kernels.ran

@@ -173,16 +173,20 @@ def test_what_measures_a_cpu_is_refused_on_a_gpu(option: str, capsys: pytest.Cap
     assert f"{option}: measures the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wanted", ["on", "off"])
+@pytest.mark.parametrize("wanted", ["on", "off", "strict"])
 def test_tf32_is_set_for_both_sides_and_put_back(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    monkeypatch.setattr(
-        Prepared, "backend", lambda self: seen.append((matmul.allow_tf32, cudnn.allow_tf32)) or "-"
-    )
+
+    def spy(self: Prepared) -> str:
+        seen.append((matmul.allow_tf32, cudnn.allow_tf32, cudnn.rnn.fp32_precision))
+        return "-"
+
+    monkeypatch.setattr(Prepared, "backend", spy)
     assert main(["bench", *SMALL, "--mode", "inference", "--dtype", "fp32", "--tf32", wanted]) == 0
-    assert seen == [(wanted == "on", wanted == "on")]
+    precision = {"on": "tf32", "off": "none", "strict": "ieee"}[wanted]
+    assert seen == [(wanted == "on", wanted == "on", precision)]
     assert (matmul.allow_tf32, cudnn.allow_tf32) == before
 
 

@@ -125,6 +125,48 @@ def test_tf32(monkeypatch):
         assert (output - exact["output"]).abs().max() > 1e-6, "not in tf32"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_split(cell, schedule):
+    """fp32 in two parts of tf32 is as exact as fp32."""
+    for hidden, batch, time, lengths in SIZES[2:]:
+        module = make(cell, 5, hidden, bidirectional=hidden % 2 == 1)
+        with on_fibers(schedule, shared=256 << 10, split=True) as ran:
+            assert_parity(module, inputs=draw_inputs(module, time=time, batch=batch, lengths=lengths))
+        assert ran == [("forward", schedule), ("backward", schedule)]
+
+
+def test_who_splits(monkeypatch):
+    """Only where torch's flags ask for nothing; what is split differs from what is not, but not by much."""
+    module = make("lstm", 5, 64)
+    x = torch.randn(12, 2, 5)
+
+    def run(split):
+        with on_fibers("cta", split=split), torch.no_grad():
+            return module(x)[0]
+
+    strict, split = run(False), run(True)
+    assert not torch.equal(strict, split)
+    assert (strict - split).abs().max() < 1e-6
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert torch.equal(strict, run(True))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_is_split_too(value):
+    """Weights that tf32 holds exactly have low parts of zero, which make NaN of an infinity."""
+    module = make("rnn_relu", 3, 16)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(torch.where(torch.rand(16, 16) < 0.5, 0.5, 0.1))
+    x, h = torch.zeros(1, 2, 3), torch.zeros(1, 2, 16)
+    h[0, 1, 3] = value
+    with torch.no_grad():
+        expected = module.to(torch.float64)(x.double(), h.double())[0]
+        with on_fibers("cta", split=True):
+            got = module.to(torch.float32)(x, h)[0]
+    torch.testing.assert_close(got, expected.float(), equal_nan=True)
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------
 
 

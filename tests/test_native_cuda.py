@@ -80,6 +80,16 @@ def test_parity(cell, dtype, ran):
 
 @needs_kernels
 @pytest.mark.parametrize("cell", CELLS)
+def test_strict_fp32(cell, ran, monkeypatch):
+    """`ran` asks for fp32 but not for how."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    module = make(cell, 5, 17, device=DEVICE, bidirectional=True)
+    assert_parity(module, inputs=draw_inputs(module, time=3, batch=3))
+    assert ran
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
 def test_more_than_a_chip_holds(cell, monkeypatch):
     """Every H runs: the weights come from memory in every step."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

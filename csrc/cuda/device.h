@@ -222,6 +222,12 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
   return y;
 }
 
+// The value, which the compiler does not know: what is made of it is not made ahead of a loop.
+__device__ __forceinline__ uint32_t unknown(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- host ----------------------------------------------------------------------------------------------------
 
 inline int device(Device& found) {

@@ -121,6 +121,8 @@ inline uint32_t to_tf32(uint32_t bits) {
   return finite ? (bits + 0x1000) & 0xFFFFE000 : bits;
 }
 
+inline uint32_t unknown(uint32_t value) { return value; }
+
 inline unsigned char* dynamic_shared() { return launched->current->of->shared.front().bytes; }
 
 template <class S>

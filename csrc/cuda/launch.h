@@ -185,6 +185,7 @@ int forward(const FusedrnnCudaForward& a, const intptr_t* stream) {
     case kFusedrnnCudaTf32: return forward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return forward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return forward_as<Cell, Matrix<Half>>(a, stream);
+    case kFusedrnnCudaSplit: return forward_as<Cell, Split>(a, stream);
   }
   return kFusedrnnCudaInvalid;
 }
@@ -196,6 +197,7 @@ int backward(const FusedrnnCudaBackward& a, const intptr_t* stream) {
     case kFusedrnnCudaTf32: return backward_as<Cell, Matrix<float>>(a, stream);
     case kFusedrnnCudaBf16: return backward_as<Cell, Matrix<Bf16>>(a, stream);
     case kFusedrnnCudaFp16: return backward_as<Cell, Matrix<Half>>(a, stream);
+    case kFusedrnnCudaSplit: return backward_as<Cell, Split>(a, stream);
   }
   return kFusedrnnCudaInvalid;
 }

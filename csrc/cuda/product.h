@@ -24,6 +24,17 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 __device__ __forceinline__ uint4 load_piece(const unsigned char* from) { return *reinterpret_cast<const uint4*>(from); }
 
+__device__ __forceinline__ float number(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+__device__ __forceinline__ uint32_t bits(float x) {
+  uint32_t y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
 // How 64 bytes of k are multiplied: sums[g] += weights[2 g] and weights[2 g + 1], the lane's pieces of two rows,
 // by a chunk of 8 rows of the batch. Sum is a tile of 16 x 8; finish() leaves the lane with its part of an
 // instruction's result: rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1. Of registers it takes
@@ -57,6 +68,72 @@ struct Matrix {
   }
 };
 
+// fp32 by three products in tf32. A factor is the sum of two parts, x = high + low but for 2^-23 of it; what low parts
+// make of each other, 2^-22, is left out (Markidis et al., arXiv:1803.04014). The instruction cuts its sums off where
+// others round them, so the large products of a chunk are summed by themselves and added as fp32 is; the small ones
+// may stay (Ootomo and Yokota, arXiv:2203.03341).
+struct Split {
+  using Storage = float;
+  using Sum = float[8];
+  static constexpr int kSumRegisters = 8, kInFlight = 40;
+
+  struct Parts {
+    uint32_t high[4], low[4];
+  };
+
+  static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
+  // To nearest; the instruction cuts the low part off, which costs as much.
+  static __device__ __forceinline__ Parts parts(uint4 piece, uint32_t half) {
+    const uint32_t all[4] = {piece.x, piece.y, piece.z, piece.w};
+    Parts of;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      of.high[i] = (all[i] + half) & 0xFFFFE000;
+      of.low[i] = bits(number(all[i]) - number(of.high[i]));
+    }
+    return of;
+  }
+  template <int kGroups>
+  static __device__ __forceinline__ void add(Sum (&sums)[kGroups], const uint4 (&weights)[2 * kGroups],
+                                             const unsigned char* chunk /*[8, stride]*/, int stride) {
+    // Parts of weights that stay in registers must not stay there too.
+    const uint32_t half = unknown(0x1000);
+    Parts v = parts(load_piece(chunk + lane() / 4 * stride + lane() % 4 * 16), half);
+    // An infinite value has no low part, nor may it meet the low parts of weights, which are zero where they are exact.
+    uint32_t finite[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool is = (v.high[i] & 0x7F800000) != 0x7F800000;
+      v.low[i] = is ? v.low[i] : 0;
+      finite[i] = is ? v.high[i] : 0;
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const Parts upper = parts(weights[2 * g], half), lower = parts(weights[2 * g + 1], half);
+      float large[4] = {}, small[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) small[i] = sums[g][4 + i];
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        const uint32_t high[4] = {upper.high[k], lower.high[k], upper.high[k + 1], lower.high[k + 1]};
+        const uint32_t low[4] = {upper.low[k], lower.low[k], upper.low[k + 1], lower.low[k + 1]};
+        mma<float>(large, high, {v.high[k], v.high[k + 1]});
+        mma<float>(small, high, {v.low[k], v.low[k + 1]});
+        mma<float>(small, low, {finite[k], finite[k + 1]});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[g][i] += large[i];
+        sums[g][4 + i] = small[i];
+      }
+    }
+  }
+  static __device__ __forceinline__ void finish(const Sum& sum, float (&result)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[i] = sum[i] + sum[4 + i];
+  }
+};
+
 // fp32 as it is, without an instruction for matrices: a lane multiplies its four k of two rows by all eight
 // columns, and the four lanes of a row add theirs up in the end.
 struct Strict {
@@ -65,11 +142,6 @@ struct Strict {
   static constexpr int kSumRegisters = 2 * kColumns, kInFlight = 32;
 
   static __device__ __forceinline__ uint4 prepare(uint4 piece) { return piece; }
-  static __device__ __forceinline__ float number(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-  }
   static __device__ __forceinline__ float dot(float sum, uint4 a, uint4 b) {
     sum = fmaf(number(a.x), number(b.x), sum);
     sum = fmaf(number(a.y), number(b.y), sum);

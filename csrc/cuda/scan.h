@@ -19,8 +19,9 @@ extern "C" {
 // The order of csrc/cpu/scan.h: rnn_tanh, rnn_relu, lstm, gru.
 enum { kFusedrnnCudaRnnTanh, kFusedrnnCudaRnnRelu, kFusedrnnCudaLstm, kFusedrnnCudaGru };
 
-// Tf32 is stored as fp32; its products take factors rounded to tf32.
-enum { kFusedrnnCudaFp32, kFusedrnnCudaTf32, kFusedrnnCudaBf16, kFusedrnnCudaFp16 };
+// Tf32 and split are stored as fp32. The products of tf32 take factors rounded to it; those of split take both parts
+// of a factor and are as exact as fp32's, for finite weights.
+enum { kFusedrnnCudaFp32, kFusedrnnCudaTf32, kFusedrnnCudaBf16, kFusedrnnCudaFp16, kFusedrnnCudaSplit };
 
 // cta: a block has all units of its rows. grid: units are split over blocks that meet once a step, all blocks
 // of a launch at once. cluster: over the up to 16 blocks of a cluster, which write into each other's shared

@@ -138,9 +138,9 @@ class Call(NamedTuple):
 
 
 def precision() -> str:
-    """Of fp32 products: what torch's flags say for recurrent networks on a GPU."""
-    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if precision == "tf32" else "ieee"
+    """Of fp32 products, what torch's flags say for recurrent networks on a GPU: "tf32", "ieee", or "none", which
+    asks for fp32 but not for how (and is what `torch.backends.cudnn.allow_tf32 = False` leaves)."""
+    return torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined,no-any-return]
 
 
 _on_device: WeakIdKeyDictionary = WeakIdKeyDictionary()

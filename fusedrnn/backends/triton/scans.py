@@ -78,10 +78,14 @@ def step(c: Call, states: Sequence[Tensor], output: Tensor, saved: Saved) -> lis
         last[-1], saved.gates, saved.cells, c.batch, c.x.shape[1], c.hidden,
         ACTIVATE=cell.activate, UPDATE=cell.update, G=cell.gates, GP=plan.power_of_two(cell.gates),
         S=cell.states, SAVED=0 if saved.gates is None else cell.saved, HAS_BIAS="bias_ih" in w,
-        KEEP=saved.cells is not None, PRECISION=precision(), BB=p.BB, BU=p.BU, BK=p.BK,
+        KEEP=saved.cells is not None, PRECISION=_precision(), BB=p.BB, BU=p.BU, BK=p.BK,
         num_warps=p.num_warps, num_stages=p.num_stages, maxnreg=p.maxnreg,
     )  # fmt: skip
     return last
+
+
+def _precision() -> str:
+    return "tf32" if precision() == "tf32" else "ieee"
 
 
 def _planned(c: Call, backward: bool) -> plan.Plan:
@@ -122,7 +126,7 @@ def _launch(c: Call, backward: bool, kernel: Any, steps: int, *args: Any, **cons
             RESIDENT=p.schedule == "resident",
             PERSISTENT=persistent,
             HOLD=p.hold,
-            PRECISION=precision(),
+            PRECISION=_precision(),
             BB=p.BB,
             BU=p.BU,
             BK=p.BK,

@@ -138,8 +138,10 @@ class Call(NamedTuple):
 
 
 def precision() -> str:
-    """Of fp32 products, what torch's flags say for recurrent networks on a GPU: "tf32", "ieee", or "none", which
-    asks for fp32 but not for how (and is what `torch.backends.cudnn.allow_tf32 = False` leaves)."""
+    """Of fp32 products, what torch's flags say for recurrent networks on a GPU: "tf32", "ieee", or "none".
+
+    "none" asks for fp32 but not for how; `torch.backends.cudnn.allow_tf32 = False` leaves it.
+    """
     return torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined,no-any-return]
 
 

@@ -1,8 +1,8 @@
 """The CUDA scans of `fusedrnn._C` (csrc/cuda/scan.h): the schedule, weights as they are read, launches.
 
-float32, float16 and bfloat16 are stored as they are. Products of float32 are as torch's flags for recurrent networks
-say: "tf32"; "ieee" by plain instructions; and where neither is said by three products in tf32 for one as exact as
-float32's, if that is faster on this GPU.
+float32, float16 and bfloat16 are stored as they are. Products of float32 are as torch's flags for recurrent
+networks say: "tf32"; "ieee", by plain instructions; where neither is said, by three products in tf32 for
+one, as exact as float32's, if that is faster on this GPU.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CELLS = {
 }
 _STORAGE = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # in csrc/cuda/scan.h
 _TF32, _SPLIT = 1, 4
-# Compute capabilities whose instructions for matrices do three products in tf32 while plain ones do one: 512 to
-# 64 a clock on 8.0, at least 512 to 128 on 9.0 and 10.0; elsewhere 128 to 128.
+# Compute capabilities whose instructions for matrices do three products in tf32 while plain ones do one:
+# 512 to 64 a clock on 8.0, at least 512 to 128 on 9.0 and 10.0; elsewhere 128 to 128.
 _SPLIT_PAYS = {(8, 0), (9, 0), (10, 0), (10, 3)}
 _SCHEDULES = {"cta": 0, "cluster": 2, "grid": 1, "stepped": 3}  # the less a step waits for, the better
 _PIECE = 16  # bytes that a row of weights is filled up to

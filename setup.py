@@ -44,8 +44,8 @@ ISA_FLAGS = {
     "attend_avx512.cpp": AVX512,
 }
 SOURCES = [
-    *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/attend.cpp", "csrc/attend_step.cpp"),
-    "csrc/cuda.cpp",
+    *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/one_step.cpp", "csrc/cuda.cpp"),
+    *("csrc/attend.cpp", "csrc/attend_step.cpp"),
     *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/attend.cpp", "csrc/cpu/barrier.cpp"),
     *("csrc/cpu/scan_portable.cpp", "csrc/cpu/attend_portable.cpp"),
 ]

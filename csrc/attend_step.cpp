@@ -45,13 +45,9 @@ struct Prepared {
 enum Argument { kKeys, kThreads, kNeedWeights, kScale, kQuery, kWeight, kBias, kV, kNorm, kKey, kValue, kLengths, kMask,
                 kArguments };
 
-// Names, found once.
+// Found once.
 const py::str& version_name() {
   static const py::str* const name = new py::str("_version");
-  return *name;
-}
-const py::str& new_empty_name() {
-  static const py::str* const name = new py::str("new_empty");
   return *name;
 }
 
@@ -93,44 +89,18 @@ class Keys {
 
 const char kName[] = "fusedrnn.keys";
 
-// The dimensions but the last as one, with one stride between its rows; its rows are contiguous.
-bool read_rows(const dlpack::Tensor& t, int64_t& rows, int64_t& stride) {
-  if (!dlpack::is_float32(t) || t.ndim < 2) return false;
-  const int64_t columns = t.shape[t.ndim - 1];
-  if (columns > 1 && t.strides[t.ndim - 1] != 1) return false;
-  rows = 1, stride = columns;
-  for (int i = t.ndim - 2; i >= 0; --i) {
-    if (t.shape[i] != 1) {
-      if (rows == 1) stride = t.strides[i];
-      if (t.strides[i] != stride * rows) return false;
-    }
-    rows *= t.shape[i];
-  }
-  return true;
-}
-
-bool is_vector(const dlpack::Tensor& t, int64_t size) {
-  return t.ndim == 1 && t.shape[0] == size && (size <= 1 || t.strides[0] == 1);
-}
-
 struct Step {
   AttendForward<float> attend{};
   Projection projection{};
   dlpack::Tensor query;
 };
 
-// Found at the first call, as importing this module must not need torch's; never freed, as Python ends first.
-const Tensors& tensors() {
-  static const Tensors* const found = new Tensors;
-  return *found;
-}
-
 class Reader {
  public:
   Reader(Keys& keys, PyObject* const* args) : keys_(keys), args_(args) {}
 
   bool operator()(Argument which, dlpack::Tensor& t) const {
-    return keys_.is_plain(tensors(), which, args_[which]) && tensors().read(args_[which], t);
+    return keys_.is_plain(Tensors::found(), which, args_[which]) && Tensors::found().read(args_[which], t);
   }
   bool there(Argument which) const { return args_[which] != Py_None; }
   bool floats(Argument which, int64_t size, const float*& data) const {
@@ -164,7 +134,7 @@ bool read(const Reader& tensor, Step& step) {
   a.values = value.shape[2];
   a.steps = keys * a.width <= kMostKept;
   p.inputs = query.shape[query.ndim - 1];
-  if (query.shape[0] != a.batch || a.key.stride != a.width || p.rows == 0 || keys == 0 || a.width == 0) return false;
+  if (query.ndim < 2 || query.shape[0] != a.batch || a.key.stride != a.width || p.rows == 0 || keys == 0 || a.width == 0) return false;
   if (p.inputs != weight.shape[1] || p.outputs != a.width) return false;
   if (value.shape[0] != a.batch || value.shape[1] != a.keys || (a.values > 1 && value.strides[2] != 1)) return false;
   a.queries = p.rows / a.batch;
@@ -195,18 +165,6 @@ bool read(const Reader& tensor, Step& step) {
   return true;
 }
 
-// A new tensor like the query, with `columns` in the place of its last dimension, and its memory.
-py::object make_like(const py::handle& query, const dlpack::Tensor& shape, int64_t columns, float*& data) {
-  py::tuple sizes(shape.ndim);
-  for (int i = 0; i < shape.ndim; ++i) sizes[i] = py::int_(i + 1 < shape.ndim ? shape.shape[i] : columns);
-  py::object made =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodOneArg(query.ptr(), new_empty_name().ptr(), sizes.ptr()));
-  dlpack::Tensor t;
-  if (!made || !tensors().read(made.ptr(), t)) throw py::error_already_set();
-  data = static_cast<float*>(t.data);
-  return made;
-}
-
 // attend_step(*Argument): (context, weights or None), or None where the ordinary way has to be taken.
 PyObject* attend_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != kArguments) {
@@ -222,9 +180,10 @@ PyObject* attend_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!read(Reader(*keys, args), step)) Py_RETURN_NONE;
     AttendForward<float>& a = step.attend;
     Projection& p = step.projection;
-    const py::object context = make_like(args[kQuery], step.query, a.values, a.context);
-    const py::object weights = args[kNeedWeights] == Py_True ? make_like(args[kQuery], step.query, a.keys, a.weights)
-                                                             : py::none();
+    const py::object context = Tensors::found().make_like(args[kQuery], step.query, a.values, a.context);
+    const py::object weights = args[kNeedWeights] == Py_True
+                                   ? Tensors::found().make_like(args[kQuery], step.query, a.keys, a.weights)
+                                   : py::none();
     const Kernels& k = kernels();
     std::shared_ptr<const Prepared> prepared;
     if (a.steps) prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);

@@ -13,6 +13,7 @@ using namespace fusedrnn;
 void bind_stepper(py::module_& m);
 void bind_attend(py::module_& m);
 void bind_attend_step(py::module_& m);
+void bind_one_step(py::module_& m);
 void bind_cuda(py::module_& m);
 
 namespace {
@@ -188,5 +189,6 @@ PYBIND11_MODULE(_C, m) {
   bind_stepper(m);
   bind_attend(m);
   bind_attend_step(m);
+  bind_one_step(m);
   bind_cuda(m);
 }

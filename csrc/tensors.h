@@ -19,6 +19,12 @@ inline const dlpack::ExchangeApi* exchange_api() {
 
 class Tensors {
  public:
+  // Made at the first call, as importing the module must not need torch's; never freed, as Python ends first.
+  static const Tensors& found() {
+    static const Tensors* const found = new Tensors;
+    return *found;
+  }
+
   Tensors()
       : tensor_(pybind11::module_::import("torch").attr("Tensor")),
         parameter_(pybind11::module_::import("torch.nn").attr("Parameter")),
@@ -40,6 +46,18 @@ class Tensors {
     return t.device_type == dlpack::kCpu;
   }
 
+  // A new tensor like another one, with `columns` in the place of its last dimension, and its memory.
+  pybind11::object make_like(PyObject* other, const dlpack::Tensor& shape, int64_t columns, float*& data) const {
+    pybind11::tuple sizes(shape.ndim);
+    for (int i = 0; i < shape.ndim; ++i) sizes[i] = pybind11::int_(i + 1 < shape.ndim ? shape.shape[i] : columns);
+    auto made = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_CallMethodOneArg(other, new_empty_.ptr(), sizes.ptr()));
+    dlpack::Tensor t;
+    if (!made || !read(made.ptr(), t)) throw pybind11::error_already_set();
+    data = static_cast<float*>(t.data);
+    return made;
+  }
+
  private:
   static bool refused() {
     PyErr_Clear();
@@ -48,7 +66,27 @@ class Tensors {
 
   pybind11::object tensor_, parameter_;
   const dlpack::ExchangeApi* api_;
-  pybind11::str is_neg_{"is_neg"};
+  pybind11::str is_neg_{"is_neg"}, new_empty_{"new_empty"};
 };
+
+// The dimensions but the last as one, with one stride between its rows; its rows are contiguous.
+inline bool read_rows(const dlpack::Tensor& t, int64_t& rows, int64_t& stride) {
+  if (!dlpack::is_float32(t) || t.ndim < 1) return false;
+  const int64_t columns = t.shape[t.ndim - 1];
+  if (columns > 1 && t.strides[t.ndim - 1] != 1) return false;
+  rows = 1, stride = columns;
+  for (int i = t.ndim - 2; i >= 0; --i) {
+    if (t.shape[i] != 1) {
+      if (rows == 1) stride = t.strides[i];
+      if (t.strides[i] != stride * rows) return false;
+    }
+    rows *= t.shape[i];
+  }
+  return true;
+}
+
+inline bool is_vector(const dlpack::Tensor& t, int64_t size) {
+  return t.ndim == 1 && t.shape[0] == size && (size <= 1 || t.strides[0] == 1);
+}
 
 }  // namespace fusedrnn

@@ -48,6 +48,18 @@ def attend_step(
     lengths: object,
     mask: object,
 ) -> tuple[Any, Any] | None: ...
+def one_step(
+    cell: int,
+    threads: int,
+    is_layer: bool,
+    input: object,
+    h: object,
+    c: object,
+    weight_ih: object,
+    weight_hh: object,
+    bias_ih: object,
+    bias_hh: object,
+) -> tuple[Any, ...] | None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_levels() -> list[str]: ...

@@ -8,6 +8,7 @@ answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,6 +139,11 @@ def _stack(cell: str, args: tuple[Any, ...], resets: Tensor | None) -> tuple[Ten
 
     if not isinstance(params, (list, tuple)):
         return _by_torch(cell, args, "params is no list of tensors", resets)
+    lone = batch_sizes is None and resets is None and num_layers == directions == 1
+    if lone and len(params) == (4 if has_biases else 2):
+        made = _one_step(cell, input, states, params, time=int(batch_first))
+        if made is not None:
+            return made
     steps = input if batch_sizes is None else batch_sizes
     if resets is None and type(steps) is Tensor and steps.dim() > batch_first:
         reason = _faster_by_torch(cell, input, steps.shape[int(batch_first)], states, params)
@@ -173,6 +179,9 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
 
+    made = _one_step(cell, input, states, params)
+    if made is not None:
+        return made if len(made) == 2 else made[0]
     reason = _faster_by_torch(f"{cell}_cell", input, 1, states, params)
     if reason is not None:
         return _by_torch(f"{cell}_cell", args, reason)
@@ -187,6 +196,34 @@ def _cell(cell: str, args: tuple[Any, ...]) -> Any:
         return _by_torch(f"{cell}_cell", args, reason)
     _, last = ops.layer(input, None, params, states, cell, 1, backend)
     return (last[0].squeeze(0), last[1].squeeze(0)) if len(last) == 2 else last[0].squeeze(0)
+
+
+def _one_step(
+    cell: str, input: Any, states: Sequence[Any], params: Sequence[Any], time: int | None = None
+) -> tuple[Tensor, ...] | None:
+    """The results of a single step that nobody looks on at; None where nothing has been done.
+
+    Args:
+        time: which dimension of a layer's input is time; None for a cell.
+    """
+    if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu:
+        return None
+    if time is not None and (input.dim() != 3 or input.shape[time] != 1):
+        return None
+    kernels = _stepping(cell, select.requested())
+    if kernels is None or len(states) != len(CELLS[cell].states) or ops.watched((input, *states, *params)):
+        return None
+    return kernels.one_step(cell, input, states, params, time is not None)  # type: ignore[no-any-return]
+
+
+@cache
+def _stepping(cell: str, wanted: str | None) -> Any:
+    """The backend with a kernel for a single step, unless another was asked for."""
+    if wanted not in (None, "native"):
+        return None
+    if select.against("native", select.Request(cell, torch.float32, "cpu")) is not None:
+        return None
+    return select.kernels("native", "layer")
 
 
 def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any, ...], *rest: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import ops
+from fusedrnn import functional, ops
 from fusedrnn.backends import native, select
 from fusedrnn.backends.reference import layer as reference
 
@@ -53,15 +53,21 @@ def fused():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The backend of every layer that our own operators ran."""
+    """The backend of every layer or single step that ran on our own."""
     seen = []
-    layer = ops.layer
+    layer, one_step = ops.layer, functional._one_step
 
     def spy(*args):
         seen.append(args[6])
         return layer(*args)
 
+    def spy_on_step(*args, **options):
+        made = one_step(*args, **options)
+        seen.extend(["native"] * (made is not None))
+        return made
+
     monkeypatch.setattr(ops, "layer", spy)
+    monkeypatch.setattr(functional, "_one_step", spy_on_step)
     return seen
 
 

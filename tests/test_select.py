@@ -233,6 +233,7 @@ def test_explain_asks_where_torch_is_faster(
         return "torch is faster here"
 
     monkeypatch.setattr(hand_over, "reason", reason)
+    monkeypatch.setattr(fusedrnn.functional, "_one_step", lambda *args, **options: None)  # asks nobody
     choice = explain(module, input)
     with torch.no_grad():
         assert explain(module, input) == choice

@@ -254,10 +254,17 @@ FUSEDRNN_HD void project_rows(const Projection& p, const float* x /*[R, I]*/, Sl
   }
 }
 
+// All rows meet a part of the weights while it is in the cache.
 inline void project(const Projection& p, Slice outputs) {
-  for_row_blocks<kScoreRows>(p.rows, [&](auto r, int64_t i) {
-    project_rows<r.value>(p, p.x + i * p.x_stride, outputs, p.out + i * p.outputs);
-  });
+  constexpr int64_t kPart = 1 << 17;  // bytes
+  const int64_t fit = kPart / (p.inputs * static_cast<int64_t>(sizeof(float))) / kScoreKeys<float> * kScoreKeys<float>;
+  const int64_t each = fit > 0 ? fit : kScoreKeys<float>;
+  for (int64_t o = outputs.begin; o < outputs.end; o += each) {
+    const Slice part{o, smaller(o + each, outputs.end)};
+    for_row_blocks<kScoreRows>(p.rows, [&](auto r, int64_t i) {
+      project_rows<r.value>(p, p.x + i * p.x_stride, part, p.out + i * p.outputs);
+    });
+  }
 }
 
 }  // namespace

@@ -44,6 +44,10 @@ constexpr Functions<S> functions() {
 }
 
 template <int = 0>
+constexpr void (*kUpdate[kCells])(const CellUpdate&) = {update_cell<RnnTanh>, update_cell<RnnRelu>, update_cell<Lstm>,
+                                                        update_cell<Gru>};
+
+template <int = 0>
 constexpr StepFunctions kStep[kStorages] = {step_functions<Direct<float>>, step_functions<BFloat16>,
                                            step_functions<Int8>};
 

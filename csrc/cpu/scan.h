@@ -163,6 +163,7 @@ struct Kernels {
   void (*math32)(int function, const float* in /*[n]*/, float* out /*[n]*/, int64_t n);
   void (*math64)(int function, const double* in /*[n]*/, double* out /*[n]*/, int64_t n);
   const StepFunctions* step;  // [kStorages]
+  void (*const* update)(const CellUpdate&);  // [kCells]
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
   uint64_t (*read)(const void* data, size_t bytes);         // bytes: a multiple of kReadBytes
   const AttendKernels& attend;

@@ -59,6 +59,16 @@ struct StepFunctions {
   void (*project)(const StepShape&, const StepLayer&, const StepPart&);
 };
 
+// A cell on gates that are made already.
+struct CellUpdate {
+  int64_t rows, hidden;            // B, H
+  const float *x_gates, *h_gates;  // [B, G*H]: both halves, with their biases
+  const float *h, *c;              // [B, H]; c null for cells with one state
+  int64_t h_stride, c_stride;      // from one row to the next
+  float *h_new, *c_new;            // [B, H]
+  float* output;                   // h_new once more, or null
+};
+
 struct StepPlan {
   const Kernels* kernels;
   int cell;

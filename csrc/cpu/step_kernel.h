@@ -95,6 +95,29 @@ void step_project(const StepShape& s, const StepLayer& l, const StepPart& part) 
   });
 }
 
+template <class Cell>
+void update_cell(const CellUpdate& c) {
+  using V = VecF;
+  constexpr int W = Simd<float>::kWidth, G = Cell::kGates;
+  const int64_t H = c.hidden;
+  for (int64_t b = 0; b < c.rows; ++b) {
+    for (int64_t u = 0; u < H; u += W) {
+      const int n = static_cast<int>(smaller(W, H - u));
+      V x[G], h[G], prev[2], next[2], act[G], extra;
+      for (int g = 0; g < G; ++g) {
+        x[g] = load(c.x_gates + (b * G + g) * H + u, n);
+        h[g] = load(c.h_gates + (b * G + g) * H + u, n);
+      }
+      if constexpr (Cell::kDirect) prev[0] = load(c.h + b * c.h_stride + u, n);
+      if constexpr (Cell::kStates == 2) prev[1] = load(c.c + b * c.c_stride + u, n);
+      Cell::template forward<V>(x, h, prev, next, act, extra);
+      if constexpr (Cell::kStates == 2) store(c.c_new + b * H + u, next[1], n);
+      store(c.h_new + b * H + u, next[0], n);
+      if (c.output) store(c.output + b * H + u, next[0], n);
+    }
+  }
+}
+
 template <class P>
 constexpr StepFunctions step_functions = {
     P::kTogether, StepFactor<P>::bytes,

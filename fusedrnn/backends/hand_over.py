@@ -42,7 +42,8 @@ def reason(
         if dtype.is_floating_point and device_type != "meta":  # torch has an error or no values there
             select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")
         return f"no fused kernel can run it ({missing})"
-    if time == 1 and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
+    at_once = device_type == "cpu" and dtype is torch.float32 and not train  # native's one_step
+    if time == 1 and not at_once and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
         return "a single small step is bound by the overhead of the call, where torch's own is leaner"
     return None
 

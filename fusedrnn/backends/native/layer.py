@@ -57,6 +57,27 @@ def saved_tensors(
     return [(shape, _sums(dtype)) for shape in shapes]
 
 
+def one_step(
+    cell: str, input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None], is_layer: bool
+) -> tuple[Tensor, ...] | None:
+    """The states after a step of a cell, [B, H] or [H]; of a layer [1, B, H], and its output before them.
+
+    It validates (csrc/one_step.cpp), and returns None where it does not know such arguments.
+
+    Args:
+        input: [B, I] or [I]; of a layer [1, B, I] or [B, 1, I].
+        states: of the step before.
+        weights: ih, hh, and both biases or none.
+    """
+    if input.device.type == cuda.DEVICE_TYPE:
+        return None
+    c = states[1] if len(states) == 2 else None
+    biases = weights[2:] or (None, None)
+    return _C.one_step(  # type: ignore[union-attr]
+        _CELLS[cell].number, torch.get_num_threads(), is_layer, input, states[0], c, *weights[:2], *biases
+    )
+
+
 # ---- packed weights ----------------------------------------------------------------------------
 
 

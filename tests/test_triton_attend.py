@@ -31,9 +31,9 @@ every_score = pytest.mark.parametrize("score", SCORES)
 def few_programs(monkeypatch):
     """The interpreter's time goes by operations, whatever they have to do."""
     if INTERPRETED:
-        monkeypatch.setattr(attending, "PAIRS", attending.Tiles(4, 16, 16, 1))
-        monkeypatch.setattr(attending, "GRADIENTS", attending.Tiles(8, 16, 8, 1))
-        monkeypatch.setattr(attending, "STEP", attending.Tiles(1, 64, 8, 4))
+        monkeypatch.setattr(attending, "PAIRS", attending.Tiles(2, 5, 8, 1))
+        monkeypatch.setattr(attending, "GRADIENTS", attending.Tiles(3, 2, 8, 1))
+        monkeypatch.setattr(attending, "STEP", dict.fromkeys((2, 4), attending.Tiles(1, 64, 8, 4)))
 
 
 def problem(*args, **options):
@@ -66,6 +66,24 @@ def test_small_and_large_inputs(score, size, poisoned):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_small_and_large_inputs_of_16_bits(dtype, size, poisoned):
     assert_parity("additive", problem("additive", (1, 1, 4, 9, 33, 8), "none", DTYPES[dtype], size))
+
+
+@pytest.mark.parametrize("v", [0.0, 1e-9, 3e4, "some zeros"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_v_that_a_reciprocal_does_not_stand(dtype, v, poisoned):
+    query, key, value, given, _, _ = problem("additive", (1, 1, 4, 9, 70, 8), "none", DTYPES[dtype])
+    other = given * (torch.arange(70, device=DEVICE) % 3) if v == "some zeros" else torch.full_like(given, v)
+    assert_parity("additive", (query, key, value, other.to(given), None, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_large_number_among_small_ones(dtype, poisoned):
+    """Its tile takes another path than those beside it."""
+    query, key, value, v, _, _ = problem("additive", (1, 1, 4, 9, 70, 8), "none", DTYPES[dtype])
+    for sign in (-1, 1):
+        query, key = query.clone(), key.clone()
+        query[0, 0, 1, 50], key[0, 0, 7, 50] = 60.0 * sign, -60.5 * sign
+        assert_parity("additive", (query, key, value, v, None, None))
 
 
 @pytest.mark.parametrize("use", [(True, False), (False, True)], ids=["context", "weights"])

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_bwd_kernel
+from .attention import (
+    attend_fwd_kernel,
+    attend_pairs_bwd_kernel,
+    attend_rows_bwd_kernel,
+    attend_scores_bwd_kernel,
+    attend_scores_fwd_kernel,
+)
 from .plan import MAX_REGISTERS
 from .scores import SCORES
 
@@ -25,30 +31,20 @@ class Tiles(NamedTuple):
 
 # Where a tile is a matrix product: of a dot, and of values.
 PRODUCT = Tiles(16, 32, 32, 4)
-# Where a thread has a column of D and all pairs of rows: no larger block of pairs stays in its registers.
-PAIRS = Tiles(4, 8, 32, 1)
-GRADIENTS = Tiles(2, 8, 32, 1)
-# Of one step, whose warps share the keys.
-STEP = Tiles(1, 64, 32, 4)
+# Where a thread has columns of D and all pairs of rows: no larger block of pairs stays in its registers.
+PAIRS = Tiles(8, 10, 32, 1)
+GRADIENTS = Tiles(8, 4, 32, 1)
+# Of one step, whose warps share the keys, by the bytes of a value.
+STEP = {2: Tiles(1, 64, 32, 4), 4: Tiles(1, 32, 32, 4)}
+# Where scores are there already, by the bytes of a value: queries, keys and columns of values.
+CONTEXT = {2: Tiles(32, 32, 128, 4), 4: PRODUCT}
 VALUES = 32  # columns of a tile of values
 NUM_STAGES = 2
 
 
-def forward_tiles(score: str, queries: int) -> Tiles:
-    """Of queries, keys and D."""
-    if score == "dot":
-        return PRODUCT
-    return STEP if queries == 1 else PAIRS
-
-
-def backward_tiles(score: str) -> Tiles:
-    """Of the rows that have the gradient, the rows that it comes from, and D."""
-    return PRODUCT if score == "dot" else GRADIENTS
-
-
-def forward_registers(score: str, size: int, rows: int) -> int | None:
-    """Of a thread, for values of `size` bytes and tiles of `rows`; None where ptxas spills if told."""
-    return None if score == "additive" and size == 2 and rows > 1 else MAX_REGISTERS
+def forward_tiles(score: str, size: int) -> Tiles:
+    """Of queries, keys and D, for values of `size` bytes, in the kernel that makes scores and context."""
+    return PRODUCT if score == "dot" else STEP[size]
 
 
 def forward(
@@ -69,21 +65,35 @@ def forward(
     (batch, heads, queries, size), keys, values = query.shape, key.shape[2], value.shape[3]
     context = query.new_empty((batch, heads, queries, values))
     weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
-    probabilities = query.new_empty((batch, heads, queries, keys), dtype=torch.float32)
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
-    spec, tiles = SCORES[score], forward_tiles(score, queries)
-    attend_fwd_kernel[_grid(query, tiles.rows)](
-        query, key, value, v, mask, lengths, context, weights, probabilities,
+    energies = query.new_empty((batch, heads, queries, keys), dtype=torch.float32)
+    probabilities = torch.empty_like(energies) if save else None
+    spec, scale = SCORES[score], _scale(score, scale)
+    given: tuple[Tensor | None, ...] = (None, None, None, None)
+    if score == "additive" and queries > 1:
+        pairs = PAIRS
+        attend_scores_fwd_kernel[(_grid(query, pairs.rows)[0] * -(-keys // pairs.others),)](
+            query, key, v, mask, lengths, energies, *_strides(query), *_strides(key), *_strides(mask),
+            heads, queries, keys, size, START=spec.start, ADD=spec.add, PARTS=spec.parts,
+            BQ=pairs.rows, BK=pairs.others, BD=pairs.columns,
+            num_warps=pairs.num_warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+        tiles = CONTEXT[query.element_size()]
+        columns, blocks = tiles.columns, max(1, -(-values // tiles.columns))
+    else:
+        given = (query, key, v, mask)
+        tiles, columns, blocks = forward_tiles(score, query.element_size()), VALUES, 1
+    attend_fwd_kernel[(*_grid(query, tiles.rows), blocks)](
+        *given[:2], value, *given[2:], lengths, energies, context, weights, probabilities,
         *_strides(query), *_strides(key), *_strides(value), *_strides(mask),
-        heads, queries, keys, size, values, _scale(score, scale), *_drop(dropout, seed),
+        heads, queries, keys, size, values, scale, *_drop(dropout, seed),
         START=spec.start, ADD=spec.add, FINISH=spec.finish, PARTS=spec.parts, DROPOUT=dropout > 0,
         PRECISION=_precision(), BQ=tiles.rows, BK=tiles.others, BT=PRODUCT.others, BD=tiles.columns,
-        BV=VALUES, num_warps=tiles.num_warps, num_stages=NUM_STAGES,
-        maxnreg=forward_registers(score, query.element_size(), tiles.rows),
+        BV=columns, num_warps=tiles.num_warps, num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return context, weights, [probabilities] if save else []
+    return context, weights, [] if probabilities is None else [probabilities]
 
 
 def backward(
@@ -109,7 +119,9 @@ def backward(
     """
     (probabilities,) = saved
     (_, heads, queries, _), keys, values = query.shape, key.shape[2], value.shape[3]
-    d_scores = probabilities.new_empty(probabilities.shape)
+    beyond = GRADIENTS.rows * keys  # rows of queries or of keys that a tile has beyond the last one are read
+    d_scores = probabilities.new_empty(probabilities.numel() + beyond)[: probabilities.numel()]
+    d_scores = d_scores.view(probabilities.shape)
     dropped = probabilities.new_empty(probabilities.shape) if dropout > 0 else probabilities
     attend_scores_bwd_kernel[_grid(query, PRODUCT.rows)](
         value, lengths, probabilities, grad_context, grad_weights, d_scores, dropped,
@@ -118,23 +130,22 @@ def backward(
         DROPOUT=dropout > 0, PRECISION=_precision(), BQ=PRODUCT.rows, BK=PRODUCT.others, BV=VALUES,
         num_warps=PRODUCT.num_warps, num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    scale = _scale(score, scale)
     d_query = d_key = d_value = d_v = d_mask = None
     if needs[0] or needs[3]:
-        d_query, d_v = _of_rows(score, query, key, v, lengths, d_scores, scale, False, needs[3])
+        d_query, d_v = _of_scores(score, query, key, v, lengths, d_scores, scale, False, needs[3])
     if needs[1]:
-        d_key, _ = _of_rows(score, key, query, v, lengths, d_scores, scale, True, False)
+        d_key, _ = _of_scores(score, key, query, v, lengths, d_scores, scale, True, False)
     if needs[2]:
         if grad_context is None:
             d_value = value.new_zeros(value.shape)
         else:  # what a dot's key gets from its queries
-            d_value, _ = _of_rows("dot", value, grad_context, None, lengths, dropped, 1.0, True, False)
+            d_value = _sums(value, grad_context, lengths, dropped, 1.0, True)
     if needs[4] and mask is not None:
         d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
     return d_query if needs[0] else None, d_key, d_value, d_v, d_mask
 
 
-def _of_rows(
+def _of_scores(
     score: str,
     own: Tensor,
     other: Tensor,
@@ -146,19 +157,37 @@ def _of_rows(
     needs_v: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of queries or keys, and of v, from those of the scores g [B, N, Tq, Tk]."""
-    spec, tiles = SCORES[score], backward_tiles(score)
+    if score == "dot":
+        return _sums(own, other, lengths, g, scale, keys), None
+    spec, tiles = SCORES[score], GRADIENTS
     grid = (*_grid(own, tiles.rows), -(-own.shape[3] // (spec.parts * tiles.columns)))
     d_own = own.new_empty(own.shape)
     d_v = g.new_empty((grid[0], own.shape[3])) if needs_v else None
-    attend_rows_bwd_kernel[grid](
+    attend_pairs_bwd_kernel[grid](
         own, other, v, lengths, g, d_own, d_v, *_strides(own), *_strides(other),
-        *((1, g.shape[3]) if keys else (g.shape[3], 1)),
-        own.shape[1], own.shape[2], other.shape[2], own.shape[3], scale,
-        BACKWARD=spec.backward, PARTS=spec.parts, KEYS=keys, PRECISION=_precision(),
+        own.shape[1], own.shape[2], other.shape[2], own.shape[3],
+        PREPARE=spec.prepare, BACKWARD=spec.backward, CLOSE=spec.close, PARTS=spec.parts, KEYS=keys,
         BO=tiles.rows, BT=tiles.others, BD=tiles.columns,
         num_warps=tiles.num_warps, num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return d_own, None if d_v is None else d_v.sum(0).to(own.dtype)
+
+
+def _sums(own: Tensor, other: Tensor, lengths: Tensor | None, g: Tensor, scale: float, keys: bool) -> Tensor:
+    """Of own's shape: for each of its rows the sum of the other rows, weighted by g [B, N, Tq, Tk]."""
+    d_own, tiles = own.new_empty(own.shape), PRODUCT
+    attend_rows_bwd_kernel[(*_grid(own, tiles.rows), -(-own.shape[3] // tiles.columns))](
+        other, lengths, g, d_own, *_strides(other), *_steps(g, keys),
+        own.shape[1], own.shape[2], other.shape[2], own.shape[3], scale,
+        KEYS=keys, PRECISION=_precision(), BO=tiles.rows, BT=tiles.others, BD=tiles.columns,
+        num_warps=tiles.num_warps, num_stages=NUM_STAGES, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    return d_own
+
+
+def _steps(g: Tensor, keys: bool) -> tuple[int, int]:
+    """From one of own to the next in g, and from one of the others."""
+    return (1, g.shape[3]) if keys else (g.shape[3], 1)
 
 
 def _grid(rows: Tensor, tile: int) -> tuple[int]:

@@ -1,10 +1,11 @@
 """The loops over tiles of every attend, forward and backward: scores are handed in, as cells are to scan.py.
 
 Forward: a program owns BQ queries of a head. It makes their scores, a tile of keys at a time, and with them
-the softmax's maximum and sum; then the probabilities in the place of the scores; then the context, a tile of
-values' columns at a time, so that no size of anything has to fit. What it stores for itself is [Tq, Tk],
-which the backward needs anyway. Backward: the scores' gradients, again [Tq, Tk], by rows; then those of
-queries and of keys, each by programs that own the rows, so that every sum has one order.
+the softmax's maximum and sum; then the probabilities; then the context, a tile of values' columns at a time,
+so that no size of anything has to fit. Additive scores of several queries come from a kernel of their own,
+whose programs own a tile of pairs, so that there are enough of them; the context's own queries and columns.
+What they store for themselves is [Tq, Tk]. Backward: the scores' gradients, again [Tq, Tk], by rows; then
+those of queries and of keys, each by programs that own the rows, so that every sum has one order.
 """
 
 import triton
@@ -17,10 +18,16 @@ ANY = ["N", "Tq", "Tk", "T_own", "T_other", "threshold", "seed"]
 @triton.jit
 def _place(T, N, B: tl.constexpr):
     """This program's head, sequence, and tile of B of T rows."""
+    head, b, n, first = _first(tl.program_id(0), T, N, B)
+    return head, b, n, first + tl.arange(0, B)
+
+
+@triton.jit
+def _first(tile, T, N, B: tl.constexpr):
+    """A tile's head, sequence, and first of its B of T rows."""
     tiles = tl.cdiv(T, B)
-    head = tl.program_id(0) // tiles
-    rows = (tl.program_id(0) % tiles) * B + tl.arange(0, B)
-    return head.to(tl.int64), (head // N).to(tl.int64), (head % N).to(tl.int64), rows
+    head = tile // tiles
+    return head.to(tl.int64), (head // N).to(tl.int64), (head % N).to(tl.int64), (tile % tiles) * B
 
 
 @triton.jit
@@ -40,12 +47,36 @@ def _tile(ptr, rows, stride, T, columns, width):
 
 
 @triton.jit
+def _parts(x, PARTS: tl.constexpr):
+    """Columns of a tile in four tensors: what a thread loads at once is one of each, and the order none's."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+        return tl.split(a) + tl.split(b)
+
+
+@triton.jit
+def _whole(parts):
+    """What :func:`_parts` took apart in four."""
+    x = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+    return tl.reshape(x, (x.shape[0], 4 * x.shape[1]))
+
+
+@triton.jit
 def _tiles(ptr, rows, stride, T, first, width, PARTS: tl.constexpr, BD: tl.constexpr):
-    """As many tiles, side by side from a first column on."""
-    found = ()
-    for p in tl.static_range(PARTS):
-        found += (_tile(ptr, rows, stride, T, first + p * BD + tl.arange(0, BD), width),)
-    return found
+    """PARTS tiles of the columns from a first one on."""
+    return _parts(_tile(ptr, rows, stride, T, first + tl.arange(0, PARTS * BD), width), PARTS)
+
+
+@triton.jit
+def _ends(lengths_ptr, b, row, T_own, T_other, KEYS: tl.constexpr):
+    """Before which of its own and of the others a program whose first row is `row` finds pairs."""
+    if KEYS:
+        own_end = _keys(lengths_ptr, b, T_own)
+        return own_end, tl.where(row < own_end, T_other, 0)
+    else:
+        return T_own, _keys(lengths_ptr, b, T_other)
 
 
 @triton.jit
@@ -89,17 +120,103 @@ def _masked(energies, mask_ptr, i, j, m_t, Tq, length):
     return tl.where(inside, energies, -float("inf"))
 
 
+@triton.jit
+def _weights(energies_ptr, i, j, Tq, Tk, length, most, share):
+    """The softmax's, of what a row has for its maximum and for one over its sum."""
+    at, inside = _square(i, j, Tq, Tk)
+    energies = tl.load(energies_ptr + at, mask=inside & (j < length)[None, :], other=-float("inf"))
+    return tl.exp(energies - most[:, None]) * share[:, None]
+
+
+@triton.jit
+def _rows(ptr, first, stride, T, column, width, R: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr):
+    """R rows from a first one on, the last one instead of those beyond, in PARTS [1, BD] each."""
+    columns = column + tl.arange(0, PARTS * BD)[None, :]
+    found = ()
+    for r in tl.static_range(R):
+        row = ptr + tl.maximum(tl.minimum(first + r, T - 1), 0).to(tl.int64) * stride
+        found += _parts(tl.load(row + columns, mask=columns < width, other=0), PARTS)
+    return found
+
+
+@triton.jit
+def _side_by_side(x):
+    """Of 2^n tensors [1, D] one [D, 2^n]."""
+    COUNT: tl.constexpr = len(x)
+    if COUNT == 1:
+        return tl.reshape(x[0], (x[0].shape[1], x[0].numel // x[0].shape[1]))
+    else:
+        found = ()
+        for i in tl.static_range(COUNT // 2):
+            found += (tl.join(x[i], x[COUNT // 2 + i]),)
+        return _side_by_side(found)
+
+
+@triton.jit
+def _columns(v_ptr, first, D, PARTS: tl.constexpr, BD: tl.constexpr):
+    """v's in fp32, in parts as those of queries and keys; one beyond D, where queries and keys are zero."""
+    if v_ptr is None:
+        return ()
+    else:
+        columns = first + tl.arange(0, PARTS * BD)[None, :]
+        return _parts(tl.load(v_ptr + columns, mask=columns < D, other=1).to(tl.float32), PARTS)
+
+
+@triton.jit(do_not_specialize=ANY)
+def attend_scores_fwd_kernel(
+    query_ptr,  # [B, N, Tq, D], strides q_b, q_n, q_t, 1
+    key_ptr,  # [B, N, Tk, D], strides k_b, k_n, k_t, 1
+    v_ptr,  # [D]
+    mask_ptr,  # [B, N, Tq, Tk], strides m_b, m_n, m_t, 1: uint8 or floating; or None
+    lengths_ptr,  # [B] int64 or None
+    energies_ptr,  # [B, N, Tq, Tk] fp32
+    q_b, q_n, q_t, k_b, k_n, k_t, m_b, m_n, m_t,
+    N, Tq, Tk, D,
+    START: tl.constexpr,
+    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(Tk, BK)
+    head, b, n, query = _first(tl.program_id(0) // tiles, Tq, N, BQ)
+    key = (tl.program_id(0) % tiles) * BK
+    length = _keys(lengths_ptr, b, Tk)
+    query_ptr += b * q_b + n * q_n
+    key_ptr += b * k_b + n * k_n
+    energies_ptr += head * Tq * Tk
+    if mask_ptr is not None:
+        mask_ptr += b * m_b + n * m_n
+
+    sums = START(BQ * BK, 1, BD)
+    for d in range(0, tl.where(key < length, D, 0), PARTS * BD):
+        q = _rows(query_ptr, query, q_t, Tq, d, D, BQ, PARTS, BD)
+        k = _rows(key_ptr, key, k_t, length, d, D, BK, PARTS, BD)
+        v = _columns(v_ptr, d, D, PARTS, BD)
+        sums = ADD(sums, q, k, v, Tq - query, length - key, None)
+    i = query + tl.arange(0, BQ)
+    for c in tl.static_range(BK):
+        if key + c < length:
+            j = key + c + tl.arange(0, 1)
+            at, inside = _square(i, j, Tq, Tk)
+            energies = tl.sum(_side_by_side(sums[c::BK]), 0)[:, None]
+            energies = _masked(energies, mask_ptr, i, j, m_t, Tq, length)
+            tl.store(energies_ptr + at, energies, mask=inside)
+
+
 @triton.jit(do_not_specialize=ANY)
 def attend_fwd_kernel(
-    query_ptr,  # [B, N, Tq, D], strides q_b, q_n, q_t, 1
+    query_ptr,  # [B, N, Tq, D], strides q_b, q_n, q_t, 1; or None where energies are given
     key_ptr,  # [B, N, Tk, D], strides k_b, k_n, k_t, 1
     value_ptr,  # [B, N, Tk, Dv], strides u_b, u_n, u_t, 1
     v_ptr,  # [D] or None
     mask_ptr,  # [B, N, Tq, Tk], strides m_b, m_n, m_t, 1: uint8 or floating; or None
     lengths_ptr,  # [B] int64 or None
+    energies_ptr,  # [B, N, Tq, Tk] fp32
     context_ptr,  # [B, N, Tq, Dv]
     weights_ptr,  # [B, N, Tq, Tk] or None
-    probabilities_ptr,  # [B, N, Tq, Tk] fp32: before dropout
+    probabilities_ptr,  # [B, N, Tq, Tk] fp32, before dropout; or None
     q_b, q_n, q_t, k_b, k_n, k_t, u_b, u_n, u_t, m_b, m_n, m_t,
     N, Tq, Tk, D, Dv,
     scale,
@@ -120,32 +237,30 @@ def attend_fwd_kernel(
 ):  # fmt: skip
     head, b, n, i = _place(Tq, N, BQ)
     length = _keys(lengths_ptr, b, Tk)
-    query_ptr += b * q_b + n * q_n
-    key_ptr += b * k_b + n * k_n
     value_ptr += b * u_b + n * u_n
     context_ptr += head * Tq * Dv
-    probabilities_ptr += head * Tq * Tk
-    if mask_ptr is not None:
-        mask_ptr += b * m_b + n * m_n
+    energies_ptr += head * Tq * Tk
     dtype = context_ptr.dtype.element_ty
 
     most = tl.full([BQ], -float("inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
     for first in range(0, length, BK):
         j = first + tl.arange(0, BK)
-        sums = START(BQ, BK, BD)
-        for d in range(0, D, PARTS * BD):
-            q = _tiles(query_ptr, i, q_t, Tq, d, D, PARTS, BD)
-            k = _tiles(key_ptr, j, k_t, length, d, D, PARTS, BD)
-            v = ()
-            if v_ptr is not None:
-                for p in tl.static_range(PARTS):
-                    column = d + p * BD + tl.arange(0, BD)
-                    v += (tl.load(v_ptr + column, mask=column < D, other=0).to(tl.float32)[None, None, :],)
-            sums = ADD(sums, q, k, v, PRECISION)
-        energies = _masked(FINISH(sums) * scale, mask_ptr, i, j, m_t, Tq, length)
         at, inside = _square(i, j, Tq, Tk)
-        tl.store(probabilities_ptr + at, energies, mask=inside)
+        if query_ptr is None:
+            energies = tl.load(energies_ptr + at, mask=inside & (j < length)[None, :], other=-float("inf"))
+        else:
+            sums = START(BQ, BK, BD)
+            for d in range(0, D, PARTS * BD):
+                q = _tiles(query_ptr + b * q_b + n * q_n, i, q_t, Tq, d, D, PARTS, BD)
+                k = _tiles(key_ptr + b * k_b + n * k_n, j, k_t, length, d, D, PARTS, BD)
+                v = _columns(v_ptr, d, D, PARTS, BD)
+                sums = ADD(sums, q, k, v, Tq, length - first, PRECISION)
+            if mask_ptr is None:
+                energies = _masked(FINISH(sums) * scale, None, i, j, m_t, Tq, length)
+            else:
+                energies = _masked(FINISH(sums) * scale, mask_ptr + b * m_b + n * m_n, i, j, m_t, Tq, length)
+            tl.store(energies_ptr + at, energies, mask=inside)
         # of a row that has had no key yet, zero: -inf less -inf is none
         higher = tl.maximum(most, tl.max(energies, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
@@ -155,26 +270,25 @@ def attend_fwd_kernel(
     tl.debug_barrier()  # other threads read what these stored
     most = tl.where(most == -float("inf"), 0.0, most)
     share = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
-    for first in range(0, Tk, BT):
+    for first in range(0, tl.where(tl.program_id(1) == 0, Tk, 0), BT):
         j = first + tl.arange(0, BT)
         at, inside = _square(i, j, Tq, Tk)
-        energies = tl.load(probabilities_ptr + at, mask=inside & (j < length)[None, :], other=-float("inf"))
-        weights = tl.exp(energies - most[:, None]) * share[:, None]
-        tl.store(probabilities_ptr + at, weights, mask=inside)
+        weights = _weights(energies_ptr, i, j, Tq, Tk, length, most, share)
+        if probabilities_ptr is not None:
+            tl.store(probabilities_ptr + head * Tq * Tk + at, weights, mask=inside)
         if weights_ptr is not None:
             if DROPOUT:
                 weights = tl.where(_keep(head * Tq * Tk + at, threshold, seed), weights * kept, 0.0)
             tl.store(weights_ptr + head * Tq * Tk + at, weights.to(dtype), mask=inside)
 
-    tl.debug_barrier()
-    for column in range(0, Dv, BV):
+    for column in range(tl.program_id(1) * BV, Dv, tl.num_programs(1) * BV):
         columns = column + tl.arange(0, BV)
         context = tl.zeros([BQ, BV], tl.float32)
         for first in range(0, length, BT):
             j = first + tl.arange(0, BT)
-            at, inside = _square(i, j, Tq, Tk)
-            weights = tl.load(probabilities_ptr + at, mask=inside, other=0)
+            weights = _weights(energies_ptr, i, j, Tq, Tk, length, most, share)
             if DROPOUT:
+                at, _ = _square(i, j, Tq, Tk)
                 weights = tl.where(_keep(head * Tq * Tk + at, threshold, seed), weights * kept, 0.0)
             value = _tile(value_ptr, j, u_t, length, columns, Dv)
             context = tl.dot(weights.to(dtype), value, context, input_precision=PRECISION)
@@ -241,57 +355,90 @@ def attend_scores_bwd_kernel(
 
 @triton.jit(do_not_specialize=ANY)
 def attend_rows_bwd_kernel(
-    own_ptr,  # [B, N, T_own, D], strides own_b, own_n, own_t, 1: queries or keys
     other_ptr,  # [B, N, T_other, D], strides other_b, other_n, other_t, 1: keys or queries
-    v_ptr,  # [D] or None
     lengths_ptr,  # [B] int64 or None
     g_ptr,  # [B, N, Tq, Tk] fp32
-    d_own_ptr,  # [B, N, T_own, D]
-    d_v_ptr,  # [B, N, tiles of T_own, D] fp32 or None
-    own_b, own_n, own_t, other_b, other_n, other_t, g_own, g_other,
+    d_own_ptr,  # [B, N, T_own, D]: of queries or keys
+    other_b, other_n, other_t, g_own, g_other,
     N, T_own, T_other, D,
     scale,
-    BACKWARD: tl.constexpr,
-    PARTS: tl.constexpr,
     KEYS: tl.constexpr,  # whether own are keys
     PRECISION: tl.constexpr,
     BO: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
+    """Of a dot: sums over the others, weighted by the scores' gradients."""
     head, b, n, i = _place(T_own, N, BO)
-    first_column = tl.program_id(1) * PARTS * BD
-    own_end = T_own
-    other_end = T_other
-    if KEYS:
-        own_end = _keys(lengths_ptr, b, T_own)
-        other_end = tl.where(tl.min(i) < own_end, T_other, 0)
-    else:
-        other_end = _keys(lengths_ptr, b, T_other)
+    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    own_end, other_end = _ends(lengths_ptr, b, tl.min(i), T_own, T_other, KEYS)
     other_ptr += b * other_b + n * other_n
     g_ptr += head * T_own * T_other
 
-    own = _tiles(own_ptr + b * own_b + n * own_n, i, own_t, own_end, first_column, D, PARTS, BD)
-    d_own = ()
-    d_v = ()
-    for _ in tl.static_range(PARTS):
-        d_own += (tl.zeros([BO, BD], tl.float32),)
-        d_v += (tl.zeros([BD], tl.float32),)
+    d_own = tl.zeros([BO, BD], tl.float32)
     for first in range(0, other_end, BT):
         j = first + tl.arange(0, BT)
-        other = _tiles(other_ptr, j, other_t, other_end, first_column, D, PARTS, BD)
+        other = _tile(other_ptr, j, other_t, other_end, columns, D)
         at = i.to(tl.int64)[:, None] * g_own + j.to(tl.int64)[None, :] * g_other
         g = tl.load(g_ptr + at, mask=(i < own_end)[:, None] & (j < other_end)[None, :], other=0)
-        d_own, d_v = BACKWARD(d_own, d_v, own, other, g * scale, PRECISION)
+        d_own = tl.dot((g * scale).to(other.dtype), other, d_own, input_precision=PRECISION)
+    at = (head * T_own + i)[:, None] * D + columns[None, :]
+    inside = (i < T_own)[:, None] & (columns < D)[None, :]
+    tl.store(d_own_ptr + at, d_own.to(d_own_ptr.dtype.element_ty), mask=inside)
 
-    for p in tl.static_range(PARTS):
-        column = first_column + p * BD + tl.arange(0, BD)
-        made = d_own[p]
-        if v_ptr is not None:
-            made *= tl.load(v_ptr + column, mask=column < D, other=0).to(tl.float32)[None, :]
-        at = (head * T_own + i)[:, None] * D + column[None, :]
-        inside = (i < T_own)[:, None] & (column < D)[None, :]
-        tl.store(d_own_ptr + at, made.to(d_own_ptr.dtype.element_ty), mask=inside)
-        if d_v_ptr is not None:
-            at = tl.program_id(0).to(tl.int64) * D + column
-            tl.store(d_v_ptr + at, d_v[p], mask=column < D)
+
+@triton.jit(do_not_specialize=ANY)
+def attend_pairs_bwd_kernel(
+    own_ptr,  # [B, N, T_own, D], strides own_b, own_n, own_t, 1: queries or keys
+    other_ptr,  # [B, N, T_other, D], strides other_b, other_n, other_t, 1: keys or queries
+    v_ptr,  # [D]
+    lengths_ptr,  # [B] int64 or None
+    g_ptr,  # [B, N, Tq, Tk] fp32, and room for BO rows more
+    d_own_ptr,  # [B, N, T_own, D]
+    d_v_ptr,  # [B, N, tiles of T_own, D] fp32 or None
+    own_b, own_n, own_t, other_b, other_n, other_t,
+    N, T_own, T_other, D,
+    PREPARE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    CLOSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    KEYS: tl.constexpr,  # whether own are keys
+    BO: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    head, b, n, row = _first(tl.program_id(0), T_own, N, BO)
+    column = tl.program_id(1) * PARTS * BD
+    own_end, other_end = _ends(lengths_ptr, b, row, T_own, T_other, KEYS)
+    other_ptr += b * other_b + n * other_n
+    g_ptr += head * T_own * T_other + row.to(tl.int64) * (1 if KEYS else T_other)
+
+    own = _rows(own_ptr + b * own_b + n * own_n, row, own_t, own_end, column, D, BO, PARTS, BD)
+    prepared = PREPARE(own)
+    d_own = ()
+    d_v = ()
+    for _ in tl.static_range(BO * PARTS):
+        d_own += (tl.zeros([1, BD], tl.float32),)
+    for _ in tl.static_range(PARTS):
+        d_v += (tl.zeros([1, BD], tl.float32),)
+    for first in range(0, other_end, BT):
+        other = _rows(other_ptr, first, other_t, other_end, column, D, BT, PARTS, BD)
+        j0 = first + tl.zeros([1, BD], tl.int32)  # the same for all columns
+        g = ()
+        for r in tl.static_range(BO):
+            for j in tl.static_range(BT):
+                at = (j0.to(tl.int64) + j) * T_own + r if KEYS else j0 + (r * T_other + j)
+                g += (tl.load(g_ptr + at, mask=j0 + j < other_end, other=0),)
+        d_own, d_v = BACKWARD(d_own, d_v, own, prepared, other, g, own_end - row, d_v_ptr is not None)
+
+    v = _columns(v_ptr, column, D, PARTS, BD)
+    columns = column + tl.arange(0, PARTS * BD)[None, :]
+    for r in tl.static_range(BO):
+        row_sums = d_own[r * PARTS : r * PARTS + PARTS]
+        made, of_v = CLOSE(row_sums, d_v, v, own_ptr.dtype.element_ty == tl.float32)
+        i = row + r + tl.arange(0, 1)[:, None]
+        inside = (i < T_own) & (columns < D)
+        at = (head * T_own + i) * D + columns
+        tl.store(d_own_ptr + at, _whole(made).to(d_own_ptr.dtype.element_ty), mask=inside)
+        if d_v_ptr is not None and r == 0:
+            tl.store(d_v_ptr + tl.program_id(0).to(tl.int64) * D + columns, _whole(of_v), mask=columns < D)

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import plan
-from .attending import NUM_STAGES, PRODUCT, VALUES, Tiles, backward_tiles, forward_registers, forward_tiles
+from .attending import CONTEXT, GRADIENTS, NUM_STAGES, PAIRS, PRODUCT, VALUES, Tiles, forward_tiles
 from .attention import ANY as ANY_ROWS
-from .attention import attend_fwd_kernel, attend_rows_bwd_kernel, attend_scores_bwd_kernel
+from .attention import (
+    attend_fwd_kernel,
+    attend_pairs_bwd_kernel,
+    attend_rows_bwd_kernel,
+    attend_scores_bwd_kernel,
+    attend_scores_fwd_kernel,
+)
 from .cells import CELLS, Cell
 from .scan import ANY, scan_bwd_kernel, scan_fwd_kernel
 from .scores import SCORES
@@ -204,32 +210,35 @@ def _attends(score: str, dtype: str) -> Iterator[Instance]:
     spec, t = SCORES[score], f"*{dtype}"
     fixed = {"PRECISION": "ieee", "DROPOUT": True}
     v = {"v_ptr": t} if score == "additive" else {}
-    common = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "context_ptr", "weights_ptr", "mask_ptr"), t)
-    common |= {"lengths_ptr": "*i64", "probabilities_ptr": "*fp32"}
-    for tiles in dict.fromkeys(forward_tiles(score, queries) for queries in (1, 64)):
-        of_score = {"START": spec.start, "ADD": spec.add, "FINISH": spec.finish, "PARTS": spec.parts}
-        blocks = {"BQ": tiles.rows, "BK": tiles.others, "BT": PRODUCT.others}
-        blocks |= {"BD": tiles.columns, "BV": VALUES}
-        yield _attend(
-            "forward", score, dtype, attend_fwd_kernel, tiles, common | v, fixed | of_score | blocks
-        )
-    tiles = backward_tiles(score)
+    common = dict.fromkeys(("query_ptr", "key_ptr", "mask_ptr"), t) | v
+    common |= {"lengths_ptr": "*i64", "energies_ptr": "*fp32"}
+    made = dict.fromkeys(("value_ptr", "context_ptr", "weights_ptr"), t) | {"probabilities_ptr": "*fp32"}
+    of_score: dict[str, object] = {"START": spec.start, "ADD": spec.add, "PARTS": spec.parts}
+    finished = fixed | of_score | {"FINISH": spec.finish, "BT": PRODUCT.others}
+    tiles = forward_tiles(score, _SIZES[dtype])
+    blocks = {"BQ": tiles.rows, "BK": tiles.others, "BD": tiles.columns}
+    constants = finished | blocks | {"BV": VALUES}
+    yield _attend("forward", score, dtype, attend_fwd_kernel, tiles, common | made, constants)
+    if score == "additive":
+        blocks = {"BQ": PAIRS.rows, "BK": PAIRS.others, "BD": PAIRS.columns}
+        yield _attend("scores", score, dtype, attend_scores_fwd_kernel, PAIRS, common, of_score | blocks)
+        pointers = made | {name: common[name] for name in ("lengths_ptr", "energies_ptr")}
+        tiles = CONTEXT[_SIZES[dtype]]
+        blocks = {"BQ": tiles.rows, "BK": tiles.others, "BD": tiles.columns, "BV": tiles.columns}
+        yield _attend("context", score, dtype, attend_fwd_kernel, tiles, pointers, finished | blocks)
+    tiles = PRODUCT if score == "dot" else GRADIENTS
+    blocks = {"BO": tiles.rows, "BT": tiles.others, "BD": tiles.columns}
     for keys in (False, True):
-        pointers = dict.fromkeys(("own_ptr", "other_ptr", "d_own_ptr"), t) | v
-        pointers |= {"lengths_ptr": "*i64", "g_ptr": "*fp32"}
-        if v and not keys:
-            pointers["d_v_ptr"] = "*fp32"
-        constants = {
-            "BACKWARD": spec.backward,
-            "PARTS": spec.parts,
-            "KEYS": keys,
-            "PRECISION": "ieee",
-            "BO": tiles.rows,
-            "BT": tiles.others,
-            "BD": tiles.columns,
-        }
         name = f"backward {'keys' if keys else 'queries'}"
-        yield _attend(name, score, dtype, attend_rows_bwd_kernel, tiles, pointers, constants)
+        pointers = {"other_ptr": t, "d_own_ptr": t, "lengths_ptr": "*i64", "g_ptr": "*fp32"}
+        if score == "dot":
+            constants = {"KEYS": keys, "PRECISION": "ieee", **blocks}
+            yield _attend(name, score, dtype, attend_rows_bwd_kernel, tiles, pointers, constants)
+        else:
+            pointers |= {"own_ptr": t, "v_ptr": t} | ({} if keys else {"d_v_ptr": "*fp32"})
+            constants = {"PREPARE": spec.prepare, "BACKWARD": spec.backward, "CLOSE": spec.close}
+            constants |= {"PARTS": spec.parts, "KEYS": keys} | blocks
+            yield _attend(name, score, dtype, attend_pairs_bwd_kernel, tiles, pointers, constants)
     if score == "dot":  # that of the scores is the same for all
         names = ("value_ptr", "grad_context_ptr", "grad_weights_ptr")
         sums = ("probabilities_ptr", "d_scores_ptr", "dropped_ptr")
@@ -257,9 +266,9 @@ def _attend(
         constexprs,
         tiles.num_warps,
         NUM_STAGES,
-        forward_registers(score, _SIZES[dtype], tiles.rows) if pass_ == "forward" else plan.MAX_REGISTERS,
+        None if pass_ == "scores" else plan.MAX_REGISTERS,
         False,
-        dtype == "bf16" and (score == "dot" or pass_ == "forward"),
+        dtype == "bf16" and (score == "dot" or pass_ in ("forward", "context")),
     )
 
 

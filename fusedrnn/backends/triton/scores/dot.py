@@ -10,15 +10,10 @@ def start(BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def add(sums, q, k, v, PRECISION: tl.constexpr):
+def add(sums, q, k, v, queries, keys, PRECISION: tl.constexpr):
     return tl.dot(q[0], tl.trans(k[0]), sums, input_precision=PRECISION)
 
 
 @triton.jit
 def finish(sums):
     return sums
-
-
-@triton.jit
-def backward(d_own, d_v, own, other, g, PRECISION: tl.constexpr):
-    return (tl.dot(g.to(other[0].dtype), other[0], d_own[0], input_precision=PRECISION),), d_v

@@ -10,7 +10,7 @@
 namespace dlpack {
 
 enum Device : int32_t { kCpu = 1 };
-enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBool = 6 };
+enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Tensor {
   void* data;

@@ -1,11 +1,47 @@
 // Reads torch's tensors through the DLPack exchange table that torch publishes.
 #pragma once
 
+#include <stdexcept>
+
 #include <pybind11/pybind11.h>
 
+#include "cpu/scan.h"
 #include "dlpack.h"
 
 namespace fusedrnn {
+
+// f(S{}) for the storage type of a code: 0 float, 1 double, 2 bf16.
+template <class Call>
+void for_storage(int code, Call f) {
+  switch (code) {
+    case 0: return f(float{});
+    case 1: return f(double{});
+    case 2: return f(Bf16{});
+    default: throw std::invalid_argument("storage: expected 0, 1 or 2");
+  }
+}
+
+// That code of a tensor's values; -1 for others.
+inline int storage_of(const dlpack::Tensor& t) {
+  if (t.type_lanes != 1) return -1;
+  if (t.type_code == dlpack::kFloat) return t.type_bits == 32 ? 0 : t.type_bits == 64 ? 1 : -1;
+  return t.type_code == dlpack::kBfloat ? 2 : -1;
+}
+
+inline int64_t count_of(const dlpack::Tensor& t) {
+  int64_t count = 1;
+  for (int i = 0; i < t.ndim; ++i) count *= t.shape[i];
+  return count;
+}
+
+inline bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) return false;
+    stride *= t.shape[i];
+  }
+  return true;
+}
 
 inline const dlpack::ExchangeApi* exchange_api() {
   const pybind11::capsule capsule = pybind11::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
@@ -46,6 +82,29 @@ class Tensors {
     return t.device_type == dlpack::kCpu;
   }
 
+  // What is known to be in the CPU's memory.
+  dlpack::Tensor view(PyObject* tensor) const {
+    dlpack::Tensor t;
+    if (api_->read(tensor, &t) != 0) throw pybind11::error_already_set();
+    t.data = static_cast<char*>(t.data) + t.byte_offset;
+    return t;
+  }
+
+  // A new tensor of these sizes, of another one's dtype or of fp32, and its memory; of zeros where that is asked for.
+  pybind11::object make(PyObject* other, std::initializer_list<int64_t> sizes, void*& data, bool as_float = false,
+                        bool zeros = false) const {
+    pybind11::tuple shape(sizes.size());
+    size_t i = 0;
+    for (const int64_t size : sizes) shape[i++] = pybind11::int_(size);
+    PyObject* const args[] = {other, shape.ptr(), float32_.ptr()};
+    auto made = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_VectorcallMethod((zeros ? new_zeros_ : new_empty_).ptr(), args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET,
+                                  as_float ? dtype_.ptr() : nullptr));
+    if (!made) throw pybind11::error_already_set();
+    data = view(made.ptr()).data;
+    return made;
+  }
+
   // A new tensor like another one, with `columns` in the place of its last dimension, and its memory.
   pybind11::object make_like(PyObject* other, const dlpack::Tensor& shape, int64_t columns, float*& data) const {
     pybind11::tuple sizes(shape.ndim);
@@ -65,8 +124,10 @@ class Tensors {
   }
 
   pybind11::object tensor_, parameter_;
+  pybind11::object float32_ = pybind11::module_::import("torch").attr("float32");
+  pybind11::tuple dtype_ = pybind11::make_tuple("dtype");
   const dlpack::ExchangeApi* api_;
-  pybind11::str is_neg_{"is_neg"}, new_empty_{"new_empty"};
+  pybind11::str is_neg_{"is_neg"}, new_empty_{"new_empty"}, new_zeros_{"new_zeros"};
 };
 
 // The dimensions but the last as one, with one stride between its rows; its rows are contiguous.

@@ -1,14 +1,59 @@
-"""The compiled module: raw pointers as integers, no torch. `Direction` tuples: csrc/bindings.cpp."""
+"""The compiled module: raw pointers as integers, or tensors, which it reads through DLPack."""
 
 from collections.abc import Callable
 from typing import Any
 
-Direction = tuple[int | bool, ...]
-
-def forward(cell: int, storage: int, threads: int, *directions: Direction) -> None: ...
-def backward(cell: int, storage: int, threads: int, *directions: Direction) -> None: ...
-def pack_rows(storage: int, weight: int, gates: int, n: int, k: int, packed: int, threads: int) -> None: ...
-def pack_columns(storage: int, weight: int, k: int, n: int, packed: int, threads: int) -> None: ...
+def layer_forward(
+    cell: int,
+    threads: int,
+    directions: int,
+    save: int,
+    input: object,
+    batch_sizes: object,
+    weights: object,
+    states: object,
+    resets: object,
+) -> tuple[Any, list[Any], list[Any]]: ...
+def layer_backward(
+    cell: int,
+    threads: int,
+    directions: int,
+    input: object,
+    batch_sizes: object,
+    weights: object,
+    states: object,
+    output: object,
+    saved: object,
+    grad_output: object,
+    grad_last: object,
+    needs: tuple[bool, object, object],
+    resets: object,
+) -> tuple[list[Any], list[Any], list[Any]]: ...
+def layers(
+    cell: int,
+    threads: int,
+    input: object,
+    batch_sizes: object,
+    hx: object,
+    params: object,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Any, ...] | None: ...
+def fits(
+    cell: int,
+    threads: int,
+    input: object,
+    batch_sizes: object,
+    hx: object,
+    params: object,
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+) -> bool: ...
+def packs() -> list[tuple[int, str, int]]: ...
 def math(f64: bool, function: int, input: int, output: int, n: int) -> None: ...
 def fingerprint(data: int, bytes: int) -> int: ...
 def read(data: int, bytes: int, repeats: int, threads: int) -> int: ...

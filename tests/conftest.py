@@ -8,6 +8,7 @@ import torch
 import fusedrnn
 from fusedrnn import functional, ops
 from fusedrnn.backends import native, select
+from fusedrnn.backends.native import layer as native_layer
 from fusedrnn.backends.reference import layer as reference
 
 # Triton reads it where a kernel is defined, so before any test imports one.
@@ -55,7 +56,7 @@ def fused():
 def calls(monkeypatch):
     """The backend of every layer or single step that ran on our own."""
     seen = []
-    layer, one_step = ops.layer, functional._one_step
+    layer, one_step, stack = ops.layer, functional._one_step, native_layer.stack
 
     def spy(*args):
         seen.append(args[6])
@@ -66,7 +67,14 @@ def calls(monkeypatch):
         seen.extend(["native"] * (made is not None))
         return made
 
+    def spy_on_stack(*args):
+        made = stack(*args)
+        layers, watched = args[6], args[-1]
+        seen.extend(["native"] * (0 if made is None or watched else layers))
+        return made
+
     monkeypatch.setattr(ops, "layer", spy)
+    monkeypatch.setattr(native_layer, "stack", spy_on_stack)
     monkeypatch.setattr(functional, "_one_step", spy_on_step)
     return seen
 

@@ -366,13 +366,13 @@ def test_packs_live_in_a_side_table_and_die_with_the_weight():
     run(args)
     weight = args[2][1]
     number = id(weight)
-    assert number in layer._packs._entries
+    kept = [pack for pack in _C.packs() if pack[0] == number]
+    assert [kind for _, kind, _ in kept] == ["rows"]
     assert not vars(weight)
-    pack = layer._packs.of(weight)["rows"][1]
     run(args)
-    assert layer._packs.of(weight)["rows"][1] is pack
+    assert [pack for pack in _C.packs() if pack[0] == number] == kept
     del weight, args
-    assert number not in layer._packs._entries
+    assert number not in {pack[0] for pack in _C.packs()}
 
 
 def test_inference_tensors():

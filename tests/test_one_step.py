@@ -101,7 +101,8 @@ def test_every_layout(name, made):
     across = torch.randn(*x.shape[:-2], 5, 3).transpose(-1, -2)
     assert_right(module, across, hx)
     assert_right(module, torch._neg_view(x), hx)
-    assert made == [False] * 2
+    assert made
+    assert not any(made)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -28,6 +28,7 @@ def fresh() -> Iterator[None]:
         select._table.cache_clear()
         select.say_once.cache_clear()
         select.no_kernel.cache_clear()
+        fusedrnn.functional._kernels.cache_clear()
 
     forget()
     with select.use_backend("auto"):

@@ -16,6 +16,7 @@ module whole by the name of its package: use :class:`fusedrnn.modules.Tracer`.
 from __future__ import annotations
 
 import weakref
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,7 +51,17 @@ class _FusedRNN(Fused, nn.RNNBase):
             TypeError, ValueError, RuntimeError: ``resets`` is not of that kind, dtype, or shape and device.
             Otherwise what torch.nn raises.
         """
-        return self._without_resets(input, hx) if resets is None else self._with_resets(input, hx, resets)
+        if resets is not None:
+            return self._with_resets(input, hx, resets)
+        own, params = self._parameters, self._flat_weights
+        if type(input) is Tensor and all(map(is_, map(own.get, self._flat_weights_names), params)):
+            made = functional.straight(
+                self.mode.lower(), input, None, hx, params, self.bias, self.num_layers,
+                self.dropout if self.training else 0.0, self.bidirectional, self.batch_first,
+            )  # fmt: skip
+            if made is not None:
+                return made[0], made[1:] if len(made) == 3 else made[1]
+        return self._without_resets(input, hx)
 
     def _with_resets(self, input: Any, hx: Any, resets: Any) -> Any:
         self._update_flat_weights()

@@ -1,16 +1,15 @@
-"""The layer's kernels: tensors to raw pointers, and weight packing. CUDA tensors go to `cuda`."""
+"""The layer's kernels: csrc/layer.cpp reads tensors and keeps packed weights. CUDA tensors go to `cuda`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import gpu
-from . import _C, _STORAGE, _pointer, _stored, _sums, _wide, cuda, no_kernel
-from .kept import Kept
+from . import _C, _stored, _sums, cuda, no_kernel
 
 
 class _Cell(NamedTuple):
@@ -28,7 +27,6 @@ _CELLS = {
     "lstm": _Cell(2, 4, 2, True, True, False),
     "gru": _Cell(3, 3, 1, True, True, True),
 }
-_T = TypeVar("_T")
 
 
 def unsupported(cell: str, dtype: torch.dtype, device_type: str, hidden: int | None = None) -> str | None:
@@ -78,94 +76,33 @@ def one_step(
     )
 
 
-# ---- packed weights ----------------------------------------------------------------------------
+def stack(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Any,
+    params: Sequence[Any],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    watched: bool,
+) -> tuple[Tensor, ...] | bool | None:
+    """A stack's output ``[T, B, D*P]`` (``[N, D*P]`` packed) and last states, where nobody looks on.
 
+    Args: as torch._VF has them; ``hx`` is a state, a tuple of them, or None for zeros.
+        watched: whether a derivative is wanted: then nothing is computed.
 
-# For each weight, by kind: what the pack was made from, and the pack.
-_packs: Kept[dict[str, tuple[tuple[object, ...], Tensor]]] = Kept(lambda weight: {})
-
-
-def _packed(weight: Tensor, kind: str, gates: int = 1) -> Tensor:
-    """The weight packed by "rows" or "columns" (csrc/cpu/pack.h), from the table while it is the same.
-
-    The version counter misses writes through `.data`, so the content itself is part of the key.
-    A pack is never changed once made: another thread may be using it.
+    Returns:
+        None where the arguments are not plain tensors in the CPU's memory that fit each other; True of a
+        watched call whose arguments are.
     """
-    pointer = weight.data_ptr()
-    key = (
-        pointer,
-        weight.shape,
-        None if weight.is_inference() else weight._version,
-        _C.fingerprint(pointer, weight.nbytes),
-        _C.isa(),
-        gates,
-    )
-    packs = _packs.of(weight)
-    found = packs.get(kind)
-    if found is not None and found[0] == key:
-        return found[1]
-    pack = _pack(_stored(weight), kind, gates)
-    packs[kind] = (key, pack)
-    return pack
-
-
-def _pack(weight: Tensor, kind: str, gates: int) -> Tensor:
-    storage = _STORAGE[weight.dtype]
-    width = _C.width(storage)
-    per = 2 if weight.dtype is torch.bfloat16 else 1  # values that a product takes at once
-    rows, columns = weight.shape
-    threads = torch.get_num_threads()
-    if kind == "rows":
-        weight = _even(weight)
-        columns = weight.shape[-1]
-        n = rows // gates
-        pack = weight.new_empty(-(-n // width) * width * gates * columns)
-        _C.pack_rows(storage, weight.data_ptr(), gates, n, columns, pack.data_ptr(), threads)
-    else:
-        pack = weight.new_empty(-(-columns // width) * width * -(-rows // per) * per)
-        _C.pack_columns(storage, weight.data_ptr(), rows, columns, pack.data_ptr(), threads)
-    return pack
-
-
-def _as_stored(weight: Tensor, kind: str, gates: int) -> Tensor:
-    return _stored(weight)
-
-
-def _even(tensor: Tensor) -> Tensor:
-    """bf16 with a column of zeros where the number of columns is odd: they are multiplied in pairs."""
-    if tensor.dtype is torch.bfloat16 and tensor.shape[-1] % 2:
-        return torch.nn.functional.pad(tensor, (0, 1))
-    return tensor
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In a dtype. `to` takes a microsecond to find that there is nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-# ---- the layer ---------------------------------------------------------------------------------
-
-
-class _Weights(NamedTuple, Generic[_T]):
-    ih: _T  # [G*H, I]
-    hh: _T  # [G*H, P]
-    bias_ih: _T | None  # [G*H]
-    bias_hh: _T | None  # [G*H]
-    hr: _T | None  # [P, H]
-
-
-def _weights(flat: Sequence[_T], directions: int) -> list[_Weights[_T]]:
-    each = len(flat) // directions
-    found = []
-    for d in range(directions):
-        w = flat[d * each : (d + 1) * each]
-        bias = each >= 4
-        found.append(
-            _Weights(
-                w[0], w[1], w[2] if bias else None, w[3] if bias else None, w[-1] if each in (3, 5) else None
-            )
-        )
-    return found
+    run = _C.fits if watched else _C.layers  # type: ignore[union-attr]
+    made = run(
+        _CELLS[cell].number, torch.get_num_threads(), input, batch_sizes, hx, params, has_biases, num_layers,
+        bidirectional, batch_first,
+    )  # fmt: skip
+    return (made or None) if watched else made  # type: ignore[no-any-return]
 
 
 def forward(
@@ -182,66 +119,16 @@ def forward(
     if input.device.type == cuda.DEVICE_TYPE:
         with torch.cuda.device_of(input):
             return gpu.forward(cuda, cell, input, batch_sizes, weights, states, directions, save, resets)
-    spec = _CELLS[cell]
     dtype = input.dtype
-    gates = spec.gates
-    _, batch, proj = states[0].shape
-    hidden = weights[0].shape[0] // gates
-    x = _even(_stored(input))
-    *lead, inputs = x.shape
-    time, rows = (lead[0], lead[0] * lead[1]) if batch_sizes is None else (batch_sizes.shape[0], lead[0])
-    size, wide = x.element_size(), 8 if dtype is torch.float64 else 4
-    per_direction = _weights(weights, directions)
-
-    width = directions * proj
-    output = x.new_empty((*lead, width))
-    sums = _sums(dtype)
-    last = [s.clone() if dtype is sums else s.to(sums) for s in states]  # run in place
-    saved: list[Tensor] = []
-    if save:
-        projected = per_direction[0].hr is not None
-        found = saved_tensors(cell, directions, rows, hidden, projected, dtype, save, "cpu")
-        saved = [x.new_empty(shape, dtype=kept) for shape, kept in found]
-    if rows:
-        pointers = [t.data_ptr() for t in saved]
-        gates_at = pointers.pop(0) if save and spec.saves_gates else 0
-        extra_at = pointers.pop(0) if save and spec.extra else 0
-        raw_at = pointers.pop(0) if pointers else 0
-        output_at = output.data_ptr()
-        last0, last1 = last[0].data_ptr(), last[1].data_ptr() if spec.states == 2 else 0
-        shape = (time, batch, hidden, proj, rows, _pointer(batch_sizes))
-        # One step reads its weights once: packing them, or checking a pack, would read them again.
-        pack = _packed if time > 1 or dtype is torch.bfloat16 else _as_stored
-        args, alive = [], []
-        for d, w in enumerate(per_direction):
-            tensors = (
-                pack(w.ih, "rows", gates),
-                pack(w.hh, "rows", gates),
-                None if w.bias_ih is None else _wide(w.bias_ih),
-                None if w.bias_hh is None else _wide(w.bias_hh),
-                None if w.hr is None else pack(w.hr, "rows", 1),
-            )
-            alive.append(tensors)  # the table may drop a pack while it is in use
-            args.append(
-                (
-                    *shape,
-                    d,
-                    x.data_ptr(),
-                    inputs,
-                    pack is _packed,
-                    *map(_pointer, tensors),
-                    output_at + d * proj * size,
-                    width,
-                    last0 + d * batch * proj * wide,
-                    last1 and last1 + d * batch * hidden * wide,
-                    gates_at and gates_at + d * rows * gates * hidden * wide,
-                    extra_at and extra_at + d * rows * hidden * wide,
-                    raw_at and raw_at + d * rows * hidden * wide,
-                    0 if resets is None else resets[d].data_ptr(),
-                )
-            )
-        _C.forward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
-    return _as(output, dtype), [_as(s, dtype) for s in last], saved
+    if dtype is torch.float16:
+        input, weights, states = _stored(input), [*map(_stored, weights)], [*map(_stored, states)]
+    output, last, saved = _C.layer_forward(
+        _CELLS[cell].number, torch.get_num_threads(), directions, save, input, batch_sizes, weights, states,
+        resets,
+    )  # fmt: skip
+    if dtype is torch.float16:
+        return output.to(dtype), [s.to(dtype) for s in last], saved
+    return output, last, saved
 
 
 def backward(
@@ -268,72 +155,20 @@ def backward(
                 cuda, cell, input, batch_sizes, weights, states, directions, output, saved, grad_output,
                 grad_last, needs, resets,
             )  # fmt: skip
-    spec = _CELLS[cell]
     dtype = input.dtype
-    gates = spec.gates
-    _, batch, proj = states[0].shape
-    hidden = weights[0].shape[0] // gates
-    time = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    x = _stored(input).view(-1, input.shape[-1])
-    rows, size, width = x.shape[0], x.element_size(), directions * proj
-    per_direction = _weights(weights, directions)
-    projected = per_direction[0].hr is not None
-
-    sums = _sums(dtype)
-    initial = [_stored(states[0]), *map(_wide, states[1:])]
-    out = _stored(output).view(rows, width)
-    d_out = None if grad_output is None else _stored(grad_output)
-    d_states = [
-        torch.zeros_like(s, dtype=sums) if g is None else g.to(sums, copy=True)
-        for s, g in zip(states, grad_last)
-    ]
-    # Each direction makes a gradient of the input of its own; they are added at the end.
-    new = x.new_empty if rows else x.new_zeros
-    d_input = new((directions, rows, x.shape[1])) if needs[0] else None
-    d_weights = [new(w.shape, dtype=sums) if need else None for w, need in zip(weights, needs[1])]
-    if rows:
-        args, alive = [], []
-        for d, (w, d_w) in enumerate(zip(per_direction, _weights(d_weights, directions))):
-            packs = (
-                None if d_input is None else _packed(w.ih, "columns"),
-                _packed(w.hh, "columns"),
-                None if w.hr is None else _packed(w.hr, "columns"),
-            )
-            alive.append(packs)  # the table may drop a pack while it is in use
-            args.append(
-                (
-                    time,
-                    batch,
-                    hidden,
-                    proj,
-                    rows,
-                    _pointer(batch_sizes),
-                    d,
-                    x.data_ptr(),
-                    x.shape[1],
-                    *map(_pointer, packs),
-                    saved[0][d].data_ptr() if spec.saves_gates else 0,
-                    saved[1][d].data_ptr() if spec.extra else 0,
-                    saved[2][d].data_ptr() if projected else 0,
-                    out.data_ptr() + d * proj * size,
-                    width,
-                    initial[0][d].data_ptr(),
-                    initial[1][d].data_ptr() if spec.states == 2 else 0,
-                    d_out.data_ptr() + d * proj * size if d_out is not None else 0,
-                    width,
-                    d_states[0][d].data_ptr(),
-                    d_states[1][d].data_ptr() if spec.states == 2 else 0,
-                    0 if d_input is None else d_input[d].data_ptr(),
-                    *map(_pointer, d_w),
-                    0 if resets is None else resets[d].data_ptr(),
-                )
-            )
-        _C.backward(spec.number, _STORAGE[x.dtype], torch.get_num_threads(), *args)
-
-    grad_input = None
-    if d_input is not None:
-        grad_input = (d_input[0] if directions == 1 else d_input[0].add_(d_input[1])).view(input.shape)
-        grad_input = _as(grad_input, dtype)
-    grad_weights = [None if g is None else _as(g, dtype) for g in d_weights]
-    grad_states = [_as(s, dtype) if need else None for s, need in zip(d_states, needs[2])]
-    return grad_input, grad_weights, grad_states
+    if dtype is torch.float16:
+        input, output = _stored(input), _stored(output)
+        weights, states = [*map(_stored, weights)], [*map(_stored, states)]
+        grad_output = None if grad_output is None else _stored(grad_output)
+        grad_last = [None if g is None else _stored(g) for g in grad_last]
+    d_inputs, d_weights, d_states = _C.layer_backward(
+        _CELLS[cell].number, torch.get_num_threads(), directions, input, batch_sizes, weights, states, output,
+        saved, grad_output, grad_last, needs, resets,
+    )  # fmt: skip
+    # each direction makes a gradient of the input of its own
+    d_input = None if not d_inputs else d_inputs[0] if len(d_inputs) == 1 else d_inputs[0].add_(d_inputs[1])
+    if _sums(dtype) is not dtype:
+        d_input = None if d_input is None else d_input.to(dtype)
+        d_weights = [None if g is None else g.to(dtype) for g in d_weights]
+        d_states = [g.to(dtype) for g in d_states]
+    return d_input, d_weights, [g if need else None for g, need in zip(d_states, needs[2])]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import modules
 from .backends import native
-from .backends.native import layer as kernels
 from .cells import CELLS
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -156,7 +155,7 @@ def _pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
             if kind in own:
                 packed[i], scales[i] = _stored(own[kind], found[own[kind]], 1 if i == 2 else gates, storage)
         biases = [
-            kernels._pack((found[own[kind]] if kind in own else no_bias)[:, None], "rows", gates)
+            _in_blocks((found[own[kind]] if kind in own else no_bias)[:, None], gates)
             for kind in ("bias_ih", "bias_hh")
         ]
         inputs = spec.proj if k else spec.inputs
@@ -176,16 +175,24 @@ def _stored(name: str, weight: Tensor, gates: int, storage: str) -> tuple[Tensor
         scale = _scale(weight)
         weight = (weight / scale).round()
         in_fours = together == 4
-        scale = kernels._pack(scale if in_fours else scale / 65536, "rows", gates)
-    packed = kernels._pack(weight, "rows", gates)
+        scale = _in_blocks(scale if in_fours else scale / 65536, gates)
+    packed = _in_blocks(weight, gates)
     if storage != "fp32":
         k = weight.shape[1]
-        packed = packed.to(_DTYPES[storage]).view(-1, k, gates * native._C.width(0))
+        packed = packed.to(_DTYPES[storage]).flatten(2)
         groups = nn.functional.pad(packed, (0, 0, 0, -k % together)).unflatten(1, (-1, together))
         packed = groups.transpose(2, 3).contiguous()  # [ceil(n/W), ceil(k/together), G*W, together]
     if storage == "int8" and in_fours:
         packed = (packed.short() + 128).to(torch.uint8)
     return packed, scale
+
+
+def _in_blocks(weight: Tensor, gates: int) -> Tensor:
+    """[gates*n, k] as blocks of W units, [ceil(n/W), k, gates, W]; units that are not there are zeros."""
+    width = native._C.width(0)
+    by_gate = weight.unflatten(0, (gates, -1))
+    whole = nn.functional.pad(by_gate, (0, 0, 0, -by_gate.shape[1] % width))
+    return whole.unflatten(1, (-1, width)).permute(1, 3, 0, 2).contiguous()
 
 
 def _scale(weight: Tensor) -> Tensor:

@@ -131,9 +131,9 @@ struct Layer {
 };
 
 template <class S>
-const Factor<S>* pack(const Weight& w, Packing packing, int64_t gates, int threads, Held& held) {
+const Factor<S>* pack(const Weight& w, Packing packing, int64_t gates, int threads, bool as_before, Held& held) {
   if (w.object == nullptr) return nullptr;
-  held.packs.push_back(packed(w.object, w.t, packing, gates, threads));
+  held.packs.push_back(packed(w.object, w.t, packing, gates, threads, as_before));
   return reinterpret_cast<const Factor<S>*>(held.packs.back().get());
 }
 
@@ -156,7 +156,7 @@ void forward(const Layer& l, S* output, Acc<S>* const state[2], Acc<S>* gates, A
     // One step reads its weights once: packing them, or checking a pack, would read them again.
     d.packed = s.time > 1 || Storage<S>::kPerFactor > 1;
     const auto find = [&](const Weight& weight, int64_t of) {
-      return d.packed || weight.object == nullptr ? pack<S>(weight, Packing::kRows, of, l.threads, held)
+      return d.packed || weight.object == nullptr ? pack<S>(weight, Packing::kRows, of, l.threads, false, held)
                                                   : static_cast<const Factor<S>*>(weight.t.data);
     };
     d.weight_ih = find(w.ih, l.gates());
@@ -324,13 +324,19 @@ py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor&
 
   T* d_state[2] = {};
   std::vector<py::object> d_inputs, d_weights, d_states;
+  const Items needs_states = items_of(needs.items[2]);
   for (int i = 0; i < kStates[l.cell]; ++i) {
     const int64_t columns = i == 0 ? s.proj : s.hidden, n = l.directions * s.batch * columns;
-    void* data;
-    d_states.push_back(tensors.make(g.input, {l.directions, s.batch, columns}, data, kWidens));
-    d_state[i] = static_cast<T*>(data);
+    if (needs_states.items[i] == Py_True) {
+      void* data;
+      d_states.push_back(tensors.make(g.input, {l.directions, s.batch, columns}, data, kWidens));
+      d_state[i] = static_cast<T*>(data);
+    } else {
+      d_states.push_back(py::none());
+      d_state[i] = held.take<T>(n);
+    }
     if (last.items[i] == Py_None) {
-      memset(data, 0, n * sizeof(T));
+      memset(d_state[i], 0, n * sizeof(T));
     } else {
       convert(static_cast<const S*>(tensors.view(last.items[i]).data), d_state[i], n);
     }
@@ -379,9 +385,13 @@ py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor&
       d.reverse = i == 1;
       d.input = static_cast<const S*>(l.input);
       d.inputs = l.inputs;
-      if (d_input[i]) d.weight_ih = pack<S>(w.ih, Packing::kColumns, 1, l.threads, held);
-      d.weight_hh = pack<S>(w.hh, Packing::kColumns, 1, l.threads, held);
-      d.weight_hr = pack<S>(w.hr, Packing::kColumns, 1, l.threads, held);
+      // The forward of a single step reads no packs, so that nothing is known of the weights it saw.
+      const auto columns = [&](const Weight& weight) {
+        return pack<S>(weight, Packing::kColumns, 1, l.threads, s.time > 1 || kWidens, held);
+      };
+      if (d_input[i]) d.weight_ih = columns(w.ih);
+      d.weight_hh = columns(w.hh);
+      d.weight_hr = columns(w.hr);
       if (gates) d.gates = gates + i * s.rows * l.gates() * s.hidden;
       if (extra) d.extra = extra + i * s.rows * s.hidden;
       if (raw) d.raw = raw + i * s.rows * s.hidden;

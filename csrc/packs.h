@@ -17,8 +17,11 @@ enum class Packing { kRows, kColumns };
 
 // The pack of a contiguous matrix of a storage type, from the table or made now. Rows: [gates*n, k] -> [ceil(n/W),
 // K(k), gates, W]; columns: [k, n] -> [ceil(n/W), K(k), W]. Needs the GIL, and may let go of it for a while.
+//
+// With `as_before` the content is what it was when a pack of this tensor was last asked for: a backward belongs to the
+// forward that autograd has checked the versions of, and need not read the weights once more.
 std::shared_ptr<const char> packed(PyObject* weight, const dlpack::Tensor& t, Packing packing, int64_t gates,
-                                   int threads);
+                                   int threads, bool as_before);
 
 }  // namespace fusedrnn
 

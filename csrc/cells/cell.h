@@ -1,5 +1,5 @@
 // The shape of a cell. A cell is a struct of constants and two functions, templated on a value
-// type V (float, double or a SIMD vector); it knows no time loop, no tile and no thread.
+// type V (float, double or a SIMD vector) and on its functions M; it knows no time loop, no tile and no thread.
 //
 //   kGates       G, gates in the order of the weights' rows
 //   kStates      S, states; state 0 is the hidden state that is the output

@@ -16,22 +16,22 @@ struct Rnn {
   static constexpr int kSplitGate = -1;
   static constexpr bool kDirect = false;
 
-  template <class V>
+  template <class V, class M = Math<V>>
   static FUSEDRNN_HD void forward(const V* x, const V* h, const V*, V* next, V* gates, V&) {
     const V sum = x[0] + h[0];
-    const V zero = Math<V>::splat(0);
+    const V zero = M::splat(0);
     // A comparison with NaN is false, so NaN passes through both branches.
     if constexpr (kRelu) {
       next[0] = sum < zero ? zero : sum;
     } else {
-      next[0] = Math<V>::tanh(sum);
+      next[0] = M::tanh(sum);
     }
     gates[0] = next[0];
   }
 
-  template <class V>
+  template <class V, class M = Math<V>>
   static FUSEDRNN_HD void backward(const V* gates, V, const V*, const V* d_next, V* d_x, V* d_h, V*) {
-    const V zero = Math<V>::splat(0), one = Math<V>::splat(1);
+    const V zero = M::splat(0), one = M::splat(1);
     if constexpr (kRelu) {
       d_x[0] = gates[0] <= zero ? zero : d_next[0];
     } else {

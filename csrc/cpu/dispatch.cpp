@@ -72,8 +72,9 @@ enum class Split { kRows, kUnits };
 // Weights that a core keeps in its own cache can be read by every thread, each for its own rows,
 // without a barrier; larger ones are shared out, and so are few rows.
 Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team) {
-  constexpr int64_t kOwnCache = 512 << 10;
-  const bool enough_rows = s.batch >= static_cast<int64_t>(team) * std::min(tile_rows, 4);
+  constexpr int64_t kOwnCache = 512 << 10, kFirstCache = 32 << 10;
+  const int enough = weight_bytes <= kFirstCache ? 2 : 4;
+  const bool enough_rows = s.batch >= static_cast<int64_t>(team) * std::min(tile_rows, enough);
   const bool wide = s.batch >= static_cast<int64_t>(team) * tile_rows * 8;
   return enough_rows && (weight_bytes <= kOwnCache || wide) ? Split::kRows : Split::kUnits;
 }
@@ -295,6 +296,20 @@ void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n
   share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_columns(weight, rows, n, begin, end, packed);
   });
+}
+
+uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int threads) {
+  constexpr int64_t kPiece = 256 << 10;
+  const int64_t pieces = ceil_div(bytes, kPiece);
+  if (pieces <= 1) return k.fingerprint(data, static_cast<size_t>(bytes));
+  const auto* from = static_cast<const char*>(data);
+  std::vector<uint64_t> of(static_cast<size_t>(pieces));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t begin = i * kPiece;
+    of[static_cast<size_t>(i)] = k.fingerprint(from + begin, static_cast<size_t>(std::min(kPiece, bytes - begin)));
+  }
+  return k.fingerprint(of.data(), of.size() * sizeof(uint64_t));
 }
 
 uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repeats, int threads) {

@@ -31,6 +31,9 @@ template <class S>
 void run_pack_columns(const Kernels& k, const S* weight /*[rows, n]*/, int64_t rows, int64_t n, Factor<S>* packed,
                       int threads);
 
+// A hash of all bytes (cpu/fingerprint.h), the same for any number of threads.
+uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int threads);
+
 // Every thread reads its share of the data `repeats` times.
 uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repeats, int threads);
 

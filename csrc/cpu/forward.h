@@ -10,6 +10,7 @@
 #pragma once
 
 #include "loop.h"
+#include "math.h"
 
 namespace fusedrnn {
 namespace {
@@ -133,7 +134,7 @@ struct ForwardScan {
           prev[0] = load(h + b * stride + u);
         }
         if constexpr (Cell::kStates == 2) prev[1] = load(d.state1 + b * H + u, n);
-        Cell::template forward<V>(x, hg, prev, next, act, extra);
+        Cell::template forward<V, typename StoredMath<S>::M>(x, hg, prev, next, act, extra);
         if constexpr (Cell::kStates == 2) store(d.state1 + b * H + u, dropped ? V{} : next[1], n);
         if (Cell::kSavesGates && d.gates) {
           for (int g = 0; g < G; ++g) store(d.gates + row * G * H + g * H + u, act[g], n);

@@ -130,5 +130,52 @@ struct Math<VecF> : VectorMath<float> {};
 template <>
 struct Math<VecD> : VectorMath<double> {};
 
+// StoredMath<S>::M are the cells' functions for a storage type S.
+template <class S>
+struct StoredMath {
+  using M = Math<typename Simd<Acc<S>>::V>;
+};
+
+#if FUSEDRNN_VECTOR_BYTES == 64
+
+// For values that are stored in bf16: within 2^-14 of the value, where bf16 rounds by up to 2^-9. sigmoid is
+// within 2^-18, since what a forget gate is off by is off again at every step that a state lives.
+struct CoarseMath {
+  static FUSEDRNN_HD VecF splat(double value) { return fusedrnn::splat(static_cast<float>(value)); }
+
+  // 1 / (1 + 2^z), z = -x log2(e): 2^z = 2^floor(z) p(z - floor(z)), p of least relative error on [0, 1].
+  static FUSEDRNN_HD VecF sigmoid(VecF x) {
+    const VecF z = at_most(splat(126), x * splat(-1.4426950408889634));
+    const VecF f = (VecF)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 9);  // z - floor(z)
+    VecF p = splat(1.353416050e-02) * f + splat(5.201147485e-02);
+    p = p * f + splat(2.414427485e-01);
+    p = p * f + splat(6.930038360e-01);
+    p = p * f + splat(1.000002593e+00);
+    const VecF d = splat(1) + (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)z);
+    const VecF r = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
+    return r * (splat(2) - d * r);
+  }
+
+  // e / (e + 2), e = 2^y - 1, y = 2 x log2(e), of n = round(y) and (2^f - 1) / f of least relative error for
+  // f = y - n within 1/2, so that what is near 0 keeps its digits.
+  static FUSEDRNN_HD VecF tanh(VecF x) {
+    const VecF y = at_most(splat(40), at_least(splat(-40), x * splat(2.8853900817779268)));
+    const VecF f = (VecF)_mm512_maskz_reduce_ps(0xffff, (__m512)y, 8);  // y - round(y)
+    VecF p = splat(9.618105516e-03) * f + splat(5.583728808e-02);
+    p = p * f + splat(2.402325226e-01);
+    p = p * f + splat(6.931368578e-01);
+    const VecF scale = (VecF)_mm512_maskz_scalef_ps(0xffff, (__m512)splat(1), (__m512)(y - f));
+    const VecF e = scale * (p * f) + (scale - splat(1));
+    return e * (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)(e + splat(2)));
+  }
+};
+
+template <>
+struct StoredMath<Bf16> {
+  using M = CoarseMath;
+};
+
+#endif
+
 }  // namespace
 }  // namespace fusedrnn

@@ -170,5 +170,5 @@ def backward(
     if _sums(dtype) is not dtype:
         d_input = None if d_input is None else d_input.to(dtype)
         d_weights = [None if g is None else g.to(dtype) for g in d_weights]
-        d_states = [g.to(dtype) for g in d_states]
-    return d_input, d_weights, [g if need else None for g, need in zip(d_states, needs[2])]
+        d_states = [None if g is None else g.to(dtype) for g in d_states]
+    return d_input, d_weights, d_states

@@ -50,8 +50,10 @@ void step_units(const StepShape& s, const StepLayer& l, const StepRows& x, const
   const int64_t to_stride = l.raw ? s.hidden_stride : s.proj_stride;
   for_step_tiles<G>(s.hidden, s.batch, part, [&](int64_t unit_block, int64_t blocks, int64_t first, int64_t rows) {
     alignas(64) float x_acc[8 * 4 * W], h_acc[8 * 4 * W];  // [rows, blocks, G, W]
-    step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
+    // Backwards too: of what the step before read, the last part is still in the cache.
+    if (!part.backwards) step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
     step_multiply<P, G>(rows, blocks, s.proj, h_rows, first, l.weight_hh, unit_block, h_acc);
+    if (part.backwards) step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W, at = u * G;
       for (int64_t r = 0; r < rows; ++r) {

@@ -148,8 +148,11 @@ struct BackwardScan {
         }
       });
     }
-    if (part.barrier) barrier_wait(part.barrier);
     const S* d_h_gates = c.d_h_gates + (now.row - c.span.row_begin) * stride;
+    if (part.barrier) {
+      barrier_wait(part.barrier);
+      fetch_rows(d_h_gates, now.active * stride);
+    }
     for_groups(outputs, kBlocks<1>, backwards, [&](int64_t unit_block, int64_t blocks) {
       for_slabs(gate_factors, [&](Range slab) {
         for_tiles(part, now.active, max_rows(4), [&](int64_t b0, int64_t rows) {

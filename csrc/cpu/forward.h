@@ -213,7 +213,10 @@ struct ForwardScan {
           });
         });
       }
-      if (part.barrier && step + 1 < s.time) barrier_wait(part.barrier);
+      if (part.barrier && step + 1 < s.time) {
+        barrier_wait(part.barrier);
+        fetch_rows(h_new, s.batch * stride);
+      }
       if (step + 1 < s.time) advance(now, !d.reverse);
       F* swap = h;
       h = h_new;

@@ -16,6 +16,14 @@ FUSEDRNN_HD Range share(int64_t total, int member, int members) {
 
 FUSEDRNN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Asks for rows that other threads have just written, all at once: a product that meets them one after the other would
+// wait for each. More than these are under way before they are needed in any case.
+template <class T>
+FUSEDRNN_HD void fetch_rows(const T* rows, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T), kMost = 64 * kLine;
+  for (int64_t i = 0; i < smaller(count, kMost); i += kLine) __builtin_prefetch(rows + i);
+}
+
 // f(first, count) for tiles of about equal size, at most `most`, that cover [begin, end).
 template <class F>
 FUSEDRNN_HD void for_each_tile(int64_t begin, int64_t end, int64_t most, F f) {

@@ -13,6 +13,7 @@
 #include "cells/rnn.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
+#include "fast_call.h"
 #include "packs.h"
 #include "tensors.h"
 
@@ -198,12 +199,6 @@ struct Items {
 Items items_of(PyObject* list) {
   if (!PyList_Check(list) && !PyTuple_Check(list)) throw py::type_error("expected a list or a tuple");
   return {PySequence_Fast_ITEMS(list), PySequence_Fast_GET_SIZE(list)};
-}
-
-int integer(PyObject* value) {
-  const long number = PyLong_AsLong(value);
-  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return static_cast<int>(number);
 }
 
 int cell_of(PyObject* value) {
@@ -620,39 +615,13 @@ py::object fits(PyObject* const* args) {
   return py::bool_(read_stack(args, Tensors::found(), stack));
 }
 
-// A function of a fixed number of arguments behind CPython's fastest convention.
-template <py::object (*kFunction)(PyObject* const*), int kCount>
-PyObject* fast(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kCount, count);
-    return nullptr;
-  }
-  try {
-    return kFunction(args).release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
-}
-
-template <py::object (*kFunction)(PyObject* const*), int kCount>
-PyMethodDef method(const char* name, const char* text) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fast<kFunction, kCount>)), METH_FASTCALL, text};
-}
-
 PyMethodDef methods[] = {
-    method<layer_forward, 9>("layer_forward", "one layer -> (output, last states, saved)"),
-    method<layer_backward, 13>("layer_backward", "-> gradients of input (by direction), weights, states"),
-    method<layers, kArguments>("layers", "a stack -> (output, *last states), or None"),
-    method<fits, kArguments>("fits", "whether `layers` knows these arguments"),
+    fast_method<layer_forward, 9>("layer_forward", "one layer -> (output, last states, saved)"),
+    fast_method<layer_backward, 13>("layer_backward", "-> gradients of input (by direction), weights, states"),
+    fast_method<layers, kArguments>("layers", "a stack -> (output, *last states), or None"),
+    fast_method<fits, kArguments>("fits", "whether `layers` knows these arguments"),
 };
 
 }  // namespace
 
-void bind_layer(py::module_& m) {
-  for (PyMethodDef& each : methods) {
-    m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
-  }
-}
+void bind_layer(py::module_& m) { add_methods(m, methods); }

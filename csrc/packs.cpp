@@ -111,6 +111,13 @@ std::shared_ptr<const char> make(const Kernels& k, const Key& key, Packing packi
   return {pack.release(), Free{}};
 }
 
+std::shared_ptr<const char> make_any(const Key& key, Packing packing, int threads) {
+  const py::gil_scoped_release release;
+  std::shared_ptr<const char> pack;
+  for_storage(key.storage, [&](auto s) { pack = make<decltype(s)>(*key.level, key, packing, threads); });
+  return pack;
+}
+
 }  // namespace
 
 std::shared_ptr<const char> packed(PyObject* weight, const dlpack::Tensor& t, Packing packing, int64_t gates,
@@ -135,13 +142,13 @@ std::shared_ptr<const char> packed(PyObject* weight, const dlpack::Tensor& t, Pa
   kept.content = content;
   kept.fingerprint = key.fingerprint;
   if (kept.by[by].pack && kept.by[by].key == key) return kept.by[by].pack;
-  std::shared_ptr<const char> pack;
-  {
-    const py::gil_scoped_release release;
-    for_storage(key.storage, [&](auto s) { pack = make<decltype(s)>(k, key, packing, threads); });
-  }
+  const auto pack = make_any(key, packing, threads);
   entry(weight).by[by] = {key, pack};
   return pack;
+}
+
+std::shared_ptr<const char> packed_once(const dlpack::Tensor& t, Packing packing, int64_t gates, int threads) {
+  return make_any({t.data, t.shape[0], t.shape[1], gates, storage_of(t), &kernels(), 0}, packing, threads);
 }
 
 }  // namespace fusedrnn

@@ -23,6 +23,9 @@ enum class Packing { kRows, kColumns };
 std::shared_ptr<const char> packed(PyObject* weight, const dlpack::Tensor& t, Packing packing, int64_t gates,
                                    int threads, bool as_before);
 
+// The same, of a weight that the next call is expected to find changed: made now, kept by nobody.
+std::shared_ptr<const char> packed_once(const dlpack::Tensor& t, Packing packing, int64_t gates, int threads);
+
 }  // namespace fusedrnn
 
 void bind_packs(pybind11::module_& m);

@@ -195,6 +195,7 @@ std::vector<std::string> cpu_features() {
   FUSEDRNN_FEATURE("avx512bf16")
   FUSEDRNN_FEATURE("avx512vnni")
 #undef FUSEDRNN_FEATURE
+  if (__builtin_cpu_is("amd")) found.push_back("amd");
 #endif
   return found;
 }
@@ -297,6 +298,20 @@ void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n
     f.pack_columns(weight, rows, n, begin, end, packed);
   });
 }
+
+namespace {
+
+template <class Arguments>
+void run_team(void (*function)(const Arguments&, const Team&), const Arguments& a, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  function(a, {omp_get_thread_num(), omp_get_num_threads(), nullptr});
+}
+
+}  // namespace
+
+void run_linear(const Kernels& k, const LinearForward& l, int threads) { run_team(k.linear_forward, l, threads); }
+
+void run_linear(const Kernels& k, const LinearBackward& l, int threads) { run_team(k.linear_backward, l, threads); }
 
 uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int threads) {
   constexpr int64_t kPiece = 256 << 10;

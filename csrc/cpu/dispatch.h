@@ -31,6 +31,9 @@ template <class S>
 void run_pack_columns(const Kernels& k, const S* weight /*[rows, n]*/, int64_t rows, int64_t n, Factor<S>* packed,
                       int threads);
 
+void run_linear(const Kernels& k, const LinearForward& l, int threads);
+void run_linear(const Kernels& k, const LinearBackward& l, int threads);
+
 // A hash of all bytes (cpu/fingerprint.h), the same for any number of threads.
 uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int threads);
 

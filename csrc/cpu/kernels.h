@@ -9,6 +9,7 @@
 #include "backward.h"
 #include "fingerprint.h"
 #include "forward.h"
+#include "linear.h"
 #include "math.h"
 #include "pack.h"
 #include "read.h"

@@ -66,17 +66,18 @@ FUSEDRNN_HD void for_slabs(int64_t k, F f) {
   for (int64_t i = 0; i < slabs; ++i) f(Range{k * i / slabs, k * (i + 1) / slabs});
 }
 
-// What a tile made, acc [rows, blocks, W], into columns [first_block * W, n) of rows of `out`.
+// What a tile made, acc [rows, blocks, W], into columns [first_block * W, n) of rows of `out`; plus a bias [n].
 template <class S, class T>
 FUSEDRNN_HD void store_tile(const T* acc, int64_t rows, int64_t blocks, int64_t first_block, int64_t n, bool add, S* out,
-                            int64_t out_stride) {
+                            int64_t out_stride, const T* bias = nullptr) {
   constexpr int W = Simd<T>::kWidth;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t column = (first_block + j) * W;
       const int lanes = static_cast<int>(smaller(W, n - column));
       S* to = out + r * out_stride + column;
-      const auto sum = load(acc + (r * blocks + j) * W);
+      auto sum = load(acc + (r * blocks + j) * W);
+      if (bias) sum += load(bias + column, lanes);
       store(to, add ? load(to, lanes) + sum : sum, lanes);
     }
   }

@@ -9,11 +9,11 @@
 namespace fusedrnn {
 namespace {
 
-// out [rows, n] = a [rows, k] @ weight [k, n], the weight packed by columns.
+// out [rows, n] = a [rows, k] @ weight [k, n] + bias, the weight packed by columns.
 template <class S>
 FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const S* a, int64_t a_stride,
                                const Factor<S>* weight /*packed [ceil(n/W), K, W]*/, int64_t n, S* out,
-                               int64_t out_stride) {
+                               int64_t out_stride, const Acc<S>* bias = nullptr /*[n]*/) {
   using T = Acc<S>;
   constexpr int W = Simd<T>::kWidth, kPer = Storage<S>::kPerFactor;
   alignas(64) T acc[8 * 4 * W];  // [count, blocks, W]
@@ -28,7 +28,8 @@ FUSEDRNN_HD void multiply_rows(const Team& team, int64_t rows, int64_t k, const 
       tile_for<Direct<S>, 1>(count, blocks)(slab.end - slab.begin,
                                     reinterpret_cast<const Factor<S>*>(a + row * a_stride) + slab.begin,
                                     a_stride / kPer, 1, from, factors * W, acc);
-      store_tile(acc, count, blocks, first_block, n, slab.begin > 0, out + row * out_stride, out_stride);
+      store_tile(acc, count, blocks, first_block, n, slab.begin > 0, out + row * out_stride, out_stride,
+                 slab.begin > 0 ? nullptr : bias);
     });
   };
   for_groups(blocks_of_mine, kBlocks<1>, false, [&](int64_t first_block, int64_t blocks) {

@@ -149,6 +149,27 @@ struct Functions {
   int rows[kCells];  // batch rows that the forward tile of a cell takes at once
 };
 
+// out = x @ weight.T + bias, for many rows. All rows are contiguous.
+struct LinearForward {
+  int64_t rows, inputs, outputs;  // R, I, O
+  const float* x;                 // [R, I]
+  const float* weight;            // packed by rows, [ceil(O/W), I, W]
+  const float* bias;              // [O] or null
+  float* out;                     // [R, O]
+};
+
+// Gradients that are null are not wanted.
+struct LinearBackward {
+  int64_t rows, inputs, outputs;  // R, I, O
+  const float* x;                 // [R, I]
+  const float* d_out;             // [R, O]
+  const float* weight;            // packed by columns, [ceil(I/W), O, W]; null if d_x is
+  float* d_x;                     // [R, I]
+  float* d_weight;                // [O, I]
+  float* d_bias;                  // [O]
+  float* panels;                  // panel_scratch() of each thread
+};
+
 // The plain read (cpu/read.h) takes multiples of this.
 constexpr int64_t kReadBytes = 512;
 
@@ -164,6 +185,8 @@ struct Kernels {
   void (*math64)(int function, const double* in /*[n]*/, double* out /*[n]*/, int64_t n);
   const StepFunctions* step;  // [kStorages]
   void (*const* update)(const CellUpdate&);  // [kCells]
+  void (*linear_forward)(const LinearForward&, const Team&);
+  void (*linear_backward)(const LinearBackward&, const Team&);
   uint64_t (*fingerprint)(const void* data, size_t bytes);  // a hash of all bytes
   uint64_t (*read)(const void* data, size_t bytes);         // bytes: a multiple of kReadBytes
   const AttendKernels& attend;

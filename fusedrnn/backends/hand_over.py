@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
-from . import select
+from . import native, select
 
 # One call for one step of at most this many multiply-adds is bound by its overhead, and torch's
 # dispatcher is leaner than Python. Measured: the T = 1 rows of
@@ -13,6 +15,10 @@ _ONE_STEP = 1 << 20
 # Up to this many features of a query torch's batched products beat our dot kernel. Measured with B, N, Tq, Tk
 # of 8, 8, 64, 64 to 1, 8, 1024, 1024.
 SMALL_HEAD = 64
+
+
+# Multiply-adds of a projection from which our products are worth their call.
+_PROJECTION = 1 << 20
 
 
 def reason(
@@ -46,6 +52,24 @@ def reason(
     if time == 1 and not at_once and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
         return "a single small step is bound by the overhead of the call, where torch's own is leaner"
     return None
+
+
+@cache
+def _mkl_is_slower() -> bool:
+    """On AMD's CPUs torch's fp32 products reach half of the cores' rate; on others nothing is measured."""
+    return "amd" in native.cpu_features()
+
+
+def linear_reason(dtype: torch.dtype, work: int) -> str | None:
+    """Why a projection of so many multiply-adds should run on torch's own product; None if it should not.
+
+    Asked of CPU tensors, where there are kernels.
+    """
+    if dtype is not torch.float32:
+        return "there are kernels for float32 only"
+    if work < _PROJECTION:
+        return "a small product is bound by the overhead of the call, where torch's own is leaner"
+    return None if _mkl_is_slower() else "torch's product is not measured slower on this CPU"
 
 
 def attend_reason(

@@ -10,6 +10,7 @@ from typing import Any
 
 SHORTEST = 2e-3  # seconds of one sample, far above the clock's resolution and a call's jitter
 FEWEST = 7  # rounds
+SLOW = 0.05  # seconds of a call
 FEWEST_SLOW, PATIENCE = 3, 2.0  # rounds that are enough once this many seconds are over
 
 
@@ -38,6 +39,9 @@ def interleave(
 ) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
+    A turn begins with a sample that is not counted, unless a call is slow: memory that the other side has given
+    back to the system, and what it has left in the caches, would be counted as this side's.
+
     Args:
         calls: by name.
         seconds: for how long; at least FEWEST rounds are made, or FEWEST_SLOW of slow calls.
@@ -47,16 +51,19 @@ def interleave(
     Returns:
         Times by name, and the number of rounds.
     """
-    repeats = {}
+    repeats, warms = {}, {}
     for name, call in calls.items():
         call()
         once = sample(call, 1)
+        warms[name] = once <= SLOW
         repeats[name] = max(1, round(shortest / max(once, 1e-7) + 0.5))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     begin, rounds = perf_counter(), 0
     while not _enough(rounds, perf_counter() - begin, seconds):
         for name in order:
+            if warms[name]:
+                sample(calls[name], repeats[name])
             samples[name].append(sample(calls[name], repeats[name]))
         # whoever runs second finds a warmer machine
         order.reverse()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attend import attend, attend_step
+from ..linear import is_plain, projected
 
 
 class Memory(NamedTuple):
@@ -188,16 +189,6 @@ def check_size(name: str, size: Any) -> None:
         raise ValueError(f"{name}: expected a size greater than zero, got {size}")
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a Linear, and no more happens when it is called."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or "forward" in layer.__dict__
-        or nn.modules.module._has_any_global_hook()
-    )
-
-
 def _rows_of(mask: Tensor, beams: int, steps: int) -> Tensor:
     """A module's mask as attend's, whose queries are the steps of all beams."""
     if not 2 <= mask.dim() <= 4:
@@ -264,10 +255,10 @@ class BahdanauAttention(Attention):
             nn.init.constant_(self.g, bound)
 
     def _project_query(self, query: Tensor) -> Tensor:
-        return self.query_layer(query)
+        return projected(self.query_layer, query)
 
     def _project_key(self, memory: Tensor) -> Tensor:
-        return self.memory_layer(memory)
+        return projected(self.memory_layer, memory)
 
     def _v(self) -> Tensor:
         return self.v if self.g is None else self.g * self.v / self.v.norm()
@@ -355,7 +346,9 @@ class LuongAttention(Attention):
             query = query * self.g
         if self.W is None:
             return query
-        return self.W(query) if self.v is None else F.linear(query, self.W.weight[:, : self.query_size])
+        if self.v is None:
+            return projected(self.W, query)
+        return F.linear(query, self.W.weight[:, : self.query_size])
 
     def _project_key(self, memory: Tensor) -> Tensor:
         if self.W is None or self.v is None:

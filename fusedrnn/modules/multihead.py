@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attend import attend, needs_torch
+from ..linear import linear
 from .forward import Fused
 
 
@@ -69,7 +70,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
             context = context.squeeze(0).transpose(0, 1)
         else:
             context = context.transpose(1, 2) if self.batch_first else context.permute(2, 0, 1, 3)
-        output = F.linear(context.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        output = linear(context.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights.squeeze(0) if unbatched else weights
@@ -115,17 +116,17 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         """Queries, keys and values, laid out as they came, in as few products as their inputs allow."""
         bias, size = self.in_proj_bias, self.embed_dim
         if self._qkv_same_embed_dim and query is key is value:
-            return F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+            return linear(query, self.in_proj_weight, bias).chunk(3, -1)
         if self._qkv_same_embed_dim and key is value:
             weight, weight_kv = self.in_proj_weight.split([size, 2 * size])
             bias, bias_kv = (None, None) if bias is None else bias.split([size, 2 * size])
-            return F.linear(query, weight, bias), *F.linear(key, weight_kv, bias_kv).chunk(2, -1)
+            return linear(query, weight, bias), *linear(key, weight_kv, bias_kv).chunk(2, -1)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return tuple(F.linear(*each) for each in zip((query, key, value), weights, biases))
+        return tuple(linear(*each) for each in zip((query, key, value), weights, biases))
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[T, E], [T, B, E] or [B, T, E] as [B, N, T, E/N], without a copy."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend
+from ..linear import projected
 from .attention import Attention, BahdanauAttention, Memory, check_size
 
 
@@ -126,10 +127,10 @@ class LocationSensitiveAttention(Attention):
         return context, weights
 
     def _project_query(self, query: Tensor) -> Tensor:
-        return self.query_layer(query)
+        return projected(self.query_layer, query)
 
     def _project_key(self, memory: Tensor) -> Tensor:
-        return self.memory_layer(memory)
+        return projected(self.memory_layer, memory)
 
     def _v(self) -> Tensor:
         return self.v.weight[0]

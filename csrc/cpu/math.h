@@ -138,7 +138,7 @@ struct StoredMath {
 
 #if FUSEDRNN_VECTOR_BYTES == 64
 
-// For values that are stored in bf16: within 2^-14 of the value, where bf16 rounds by up to 2^-9. sigmoid is
+// For values that are stored in bf16: within 2^-13 of the value, where bf16 rounds by up to 2^-8. sigmoid is
 // within 2^-18, since what a forget gate is off by is off again at every step that a state lives.
 struct CoarseMath {
   static FUSEDRNN_HD VecF splat(double value) { return fusedrnn::splat(static_cast<float>(value)); }

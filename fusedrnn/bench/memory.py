@@ -4,8 +4,8 @@ What is measured is the peak of the resident set (VmHWM of /proc/self/status, se
 /proc/self/clear_refs) over the resident set before the step: the first forward and backward of a module in a
 process of its own, after a tiny one of another size has loaded every library. torch's profiler would see
 tensors only; the resident peak also counts oneDNN's scratch, ours, and packed weights, each once touched. It
-counts in pages, and huge ones where the kernel grants them: differences of some hundred kilobytes mean nothing.
-What is freed goes back to the system at once (glibc's MALLOC_MMAP_THRESHOLD_).
+counts in pages, and huge ones where the kernel grants them: differences of some hundred kilobytes mean
+nothing. What is freed goes back to the system at once (glibc's MALLOC_MMAP_THRESHOLD_).
 Weights, input and the output's gradient exist before; output, saved tensors and gradients are the step's.
 """
 
@@ -45,7 +45,7 @@ def measure(case: AnyCase) -> dict[str, int]:
         RuntimeError: a process failed; with what it said.
     """
     found = {}
-    # each tensor a mapping of its own, so that the peak is of what is alive, not of what glibc keeps for later
+    # each tensor a mapping of its own: the peak is of what is alive, not of what glibc keeps for later
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     environment["FUSEDRNN_BACKEND"] = select.requested() or ""
     for side in SIDES:

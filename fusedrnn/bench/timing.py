@@ -39,8 +39,8 @@ def interleave(
 ) -> tuple[dict[str, Times], int]:
     """Time calls in turns.
 
-    A turn begins with a sample that is not counted, unless a call is slow: memory that the other side has given
-    back to the system, and what it has left in the caches, would be counted as this side's.
+    A turn begins with a sample that is not counted, unless a call is slow: memory that the other side has
+    given back to the system, and what it has left in the caches, would be counted as this side's.
 
     Args:
         calls: by name.

@@ -1,0 +1,213 @@
+"""A stack that nobody looks on at is one call of csrc/layer.cpp; everything else goes the ordinary way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+from fusedrnn.backends import native
+from fusedrnn.testing import assert_parity, draw_inputs
+
+if native.unavailable():
+    pytest.skip(native.unavailable(), allow_module_level=True)
+from fusedrnn.backends.native import layer
+
+NAMES = ("RNN", "LSTM", "GRU")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Of every question to C++, whether a derivative was wanted and whether it knew the arguments."""
+    answers: list[tuple[bool, bool]] = []
+    ask = layer.stack
+
+    def spy(*args):
+        result = ask(*args)
+        answers.append((args[-1], result is not None))
+        return result
+
+    monkeypatch.setattr(layer, "stack", spy)
+    return answers
+
+
+def make(name, dtype=torch.float32, inputs=5, hidden=17, **options):
+    torch.manual_seed(hidden)
+    return getattr(fusedrnn, name)(inputs, hidden, dtype=dtype, **options)
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in flat(part)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_parity(name, dtype, level, asked):
+    cases = [
+        ({}, 1, 3, 1),
+        ({"num_layers": 3}, 5, 17, 3),
+        ({"bidirectional": True, "num_layers": 2}, 6, 96, 2),
+        ({"bias": False, "batch_first": True}, 33, 40, 5),
+    ]
+    if name == "LSTM":
+        cases.append(({"proj_size": 3, "num_layers": 2}, 4, 8, 2))
+        cases.append(({"proj_size": 7, "bidirectional": True}, 8, 20, 3))
+    for options, inputs, hidden, batch in cases:
+        module = make(name, dtype, inputs, hidden, **options)
+        for lengths in (None, [3, 7, 7, 1][:batch]):
+            input, hx = draw_inputs(module, time=7, batch=batch, lengths=lengths)
+            assert_parity(module, inputs=(input, hx), gradients=False)
+            assert_parity(module, inputs=(input,), gradients=False)
+    assert asked
+    assert all(answer == (False, True) for answer in asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_of_an_input(name, asked):
+    for batch_first in (False, True):
+        module = make(name, batch_first=batch_first)
+        x = torch.randn(6, 4, 9)
+        views = [x[..., 2:7], x[::2, 1:, :5], x.transpose(0, 1)[..., :5], x[:, :1, :5]]
+        for input in (*views, x[:1, :, :5].expand(6, 4, 5)):
+            assert_parity(module, inputs=(input,), gradients=False)
+    assert all(known for _, known in asked)
+    asked.clear()
+    with torch.no_grad():
+        across = torch.randn(6, 5, 4).transpose(1, 2)
+        assert_parity(module, inputs=(across,), gradients=False)
+    assert not any(known for _, known in asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_asks_whether_the_arguments_are_sound(name, asked):
+    two = {"num_layers": 2}
+    for options in ({}, {**two, "bidirectional": True, "batch_first": True}, {**two, "dropout": 0.5}):
+        module = make(name, **options)
+        assert_parity(module, inputs=draw_inputs(module)[:1])
+        assert_parity(module, inputs=draw_inputs(module))
+    assert (True, True) in asked
+    assert all(known for _, known in asked)
+
+
+def test_dropout_draws_what_torch_draws(asked):
+    ours, theirs = make("LSTM", num_layers=3, dropout=0.5), nn.LSTM(5, 17, 3, dropout=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 5)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected, after = theirs(x)[0], torch.get_rng_state()
+        torch.manual_seed(1)
+        torch.testing.assert_close(ours(x)[0], expected)
+        assert torch.equal(torch.get_rng_state(), after)
+        torch.testing.assert_close(ours.eval()(x)[0], theirs.eval()(x)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_have_memory_of_their_own(name):
+    module = make(name, num_layers=2)
+    x, hx = draw_inputs(module)
+    with torch.inference_mode():
+        results, before = flat(module(x, hx)), [t.clone() for t in flat(hx)]
+        memory = [t.untyped_storage().data_ptr() for t in (*results, *flat(hx), x)]
+    assert len(set(memory)) == len(memory)
+    assert all(torch.equal(a, b) for a, b in zip(flat(hx), before))
+    assert all(t.is_inference() for t in results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_read_each_time(name):
+    module = make(name, num_layers=2)
+    x, hx = draw_inputs(module)
+    for _ in range(2):
+        assert_parity(module, inputs=(x, hx), gradients=False)
+        for parameter in module.parameters():
+            parameter.data.mul_(0.5)  # moves no version counter
+
+
+def test_a_weight_that_changes_before_the_backward_spoils_no_later_one():
+    module = make("GRU", hidden=33)
+    (x, hx), weight = draw_inputs(module), module.weight_hh_l0
+    output = module(x, hx)[0]
+    weight.data.mul_(2)
+    output.sum().backward()
+    weight.data.div_(2)
+    assert_parity(module, inputs=(x, hx))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_torch_refuses_it_refuses_in_its_words(name, asked):
+    ours, theirs = make(name), getattr(nn, name)(5, 17)
+    x, hx = draw_inputs(ours)
+    bad_hx = torch.randn(2, 5, 17)
+    wrong: list[tuple[Any, ...]] = [
+        (x[..., :4], hx), (x.double(), hx), (x[:0], hx), (torch.randn(1, 2, 3, 5),),
+        (x, (bad_hx, bad_hx) if name == "LSTM" else bad_hx), (x, bad_hx if name == "LSTM" else (bad_hx,)),
+    ]  # fmt: skip
+    for args in wrong:
+        with torch.no_grad(), pytest.raises(Exception) as theirs_said:  # noqa: PT011
+            theirs(*args)
+        with torch.no_grad(), pytest.raises(theirs_said.type) as ours_said:
+            ours(*args)
+        assert str(ours_said.value) == str(theirs_said.value)
+    assert not any(known for _, known in asked)
+
+
+def test_who_looks_on_gets_the_ordinary_way(asked):
+    module = make("LSTM")
+    x, _ = draw_inputs(module)
+    with torch.no_grad():
+        torch.func.vmap(lambda x: module(x)[0])(torch.stack([x, x]))
+        with fusedrnn.use_backend("reference"):
+            module(x)
+        torch.jit.trace(module, (x,), check_trace=False)
+    assert asked == []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert module(x)[0].dtype is torch.bfloat16
+    assert asked == [(False, True)]  # of what autocast has made of them
+
+
+def test_packed_rows_must_fit(asked):
+    module, packed = make("GRU"), pack_padded_sequence(torch.randn(4, 3, 5), torch.tensor([4, 2, 2]))
+    broken = packed._replace(batch_sizes=torch.tensor([3, 3, 3, 3]))
+    with torch.no_grad():
+        module(packed)
+        with pytest.raises(RuntimeError):
+            module(broken)
+    assert [known for _, known in asked] == [True, False]
+
+
+# ---- the functions of bf16 ---------------------------------------------------------------------
+
+WIDE = torch.cat([torch.logspace(-6, 4, 400), torch.tensor([0.0, torch.inf])])
+WIDE = torch.cat([WIDE, -WIDE])
+
+
+def alone(x: torch.Tensor, name: str) -> torch.Tensor:
+    """What the bf16 scan makes of pre-activations: tanh (RNN), or sigmoid as the LSTM's input gate."""
+    n = len(x)
+    module = getattr(fusedrnn, name)(1, n, bias=True, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        if name == "RNN":
+            module.bias_ih_l0.copy_(x)
+            return module(torch.zeros(2, 1, 1, dtype=torch.bfloat16))[0][0, 0]
+        module.bias_ih_l0[:n] = x
+        module.bias_ih_l0[2 * n : 3 * n] = 1e4  # tanh is 1
+        module.bias_ih_l0[n : 2 * n] = -1e4  # nothing is kept
+        return module(torch.zeros(2, 1, 1, dtype=torch.bfloat16))[1][1][0, 0]
+
+
+@pytest.mark.parametrize(("name", "function"), [("RNN", torch.tanh), ("LSTM", torch.sigmoid)])
+def test_functions_of_bf16(name, function, level):
+    x = WIDE.bfloat16()
+    ours, exact = alone(x, name).double(), function(x.double())
+    assert ours.isfinite().all()
+    # a rounding of bf16, and 2^-14 of the value
+    assert ((ours - exact).abs() <= exact.abs() * (2**-8 + 2**-14) + 2e-38).all()
+    assert alone(torch.tensor([torch.nan, 1.0]).bfloat16(), name)[0].isnan()

@@ -51,8 +51,11 @@ def _is_ours(input: Any, weight: Any) -> bool:
     """Whether our kernels run a call, unless they find something that they do not know."""
     if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu or weight.dim() != 2:
         return False
-    if _kernels(select.requested()) is None or ops.transformed() or torch._C._is_any_autocast_enabled():
+    wanted = select.requested()
+    if _kernels(wanted) is None or ops.transformed() or torch._C._is_any_autocast_enabled():
         return False
+    if wanted is not None:
+        return input.dtype is torch.float32
     return hand_over.linear_reason(input.dtype, input.numel() * weight.shape[0]) is None
 
 

@@ -17,6 +17,7 @@ from fusedrnn.bench import ceilings, command, goals, memory
 from fusedrnn.bench.attention import PreparedAttention
 from fusedrnn.bench.cases import MODES, AttentionCase
 from fusedrnn.bench.ceilings import Ceilings
+from fusedrnn.bench.gpu import GpuCeilings
 from fusedrnn.bench.groups import attention
 from fusedrnn.bench.report import Result
 from fusedrnn.bench.timing import FEWEST, Times
@@ -208,3 +209,21 @@ def test_memory_is_that_of_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch
         assert memory.measure(tiny("operator", "training")) == {"torch": 4096, "fused": 4096}
     memory.measure(tiny("operator", "training"))
     assert seen == [("torch", "reference"), ("fused", "reference"), ("torch", ""), ("fused", "")]
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+def test_cases_and_goals_of_a_gpu() -> None:
+    arguments = command._parser().parse_args(["attention", "--device", "cuda", "--no-compile"])
+    plan = command._plan(arguments)
+    assert {case.dtype for _, case in plan} == {"bf16"}
+    assert {case.mode for _, case in plan} == {"inference", "training"}
+    slow = {side: Times(t, t, t) for side, t in (("torch", 1e-3), ("fused", 50e-6))}
+    results = [
+        Result(group, case, "triton", Row("output[0]", 0.0, 0.0, 1.0), slow, 7) for group, case in plan
+    ]
+    limits = GpuCeilings({"bf16": 1e15}, 3e12, "fp32")
+    verdicts = goals.verdicts(results, limits, command._goals(arguments))
+    assert {verdict.goal.measure for verdict in verdicts} >= {"best_seconds", "torch"}
+    assert all(verdict.met for verdict in verdicts)

@@ -28,7 +28,7 @@ from benchmarks.gpu import build, checks, floors
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.driver import LATE, ROOT, SKIPPED, Outcome, Step, run, start
 from benchmarks.gpu.steps import steps
-from benchmarks.gpu.summary import report, show
+from benchmarks.gpu.summary import ATTENTION, report, show
 
 # ---- the driver --------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ def test_every_step_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["commit"]
     states = {s["name"]: s["state"] for s in found["steps"]}
     assert list(states) == names
-    assert {states.pop(name) for name in ("memcheck", "racecheck", "latency")} == {"skipped"}
+    assert {states.pop(name) for name in ("memcheck", "racecheck", "latency", ATTENTION)} == {"skipped"}
     del states["tests"], states["doctor"]
     assert set(states.values()) == {"ok"}
     assert all(result["parity"]["ok"] for result in found["results"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checks import CHECKS
 from .driver import ROOT, SKIPPED, Step
-from .summary import BENCHMARK, LATENCY, NATIVE
+from .summary import ATTENTION, BENCHMARK, LATENCY, NATIVE
 
 # What tests without a GPU set would run here too.
 _COMPILED = {"TRITON_INTERPRET": "0"}
@@ -43,6 +43,7 @@ _SECONDS: dict[str, tuple[float, float | None]] = {
     "determinism": (15, 8),
     "long": (20, None),
     LATENCY: (10, None),
+    ATTENTION: (40, None),
     NATIVE: (45, None),
     BENCHMARK: (0, 0),
 }
@@ -61,6 +62,7 @@ def steps(device: str, quick: bool, tests: Path = ROOT / "tests") -> list[Step]:
         "racecheck": _sanitizer(device, "racecheck"),
         **{name: _check(device, name, *(("--tiny",) if dry else ())) for name in CHECKS},
         LATENCY: _latency(device),
+        ATTENTION: _attention(device),
         NATIVE: _benchmark(device, "native"),
         BENCHMARK: _benchmark(device, "triton"),
     }
@@ -122,6 +124,13 @@ def _latency(device: str) -> Command:
         return _skip("what blocks of a GPU wait for is timed on one")
     command = (sys.executable, "-m", "benchmarks.sync_latency", "--json")
     return lambda seconds, result: (*command, str(result))
+
+
+def _attention(device: str) -> Command:
+    if device == "cpu":
+        return _skip("its cases are of a GPU's size")
+    arguments = ("bench", "attention", "--device", device, "--backend", "triton", "--no-compile", "--json")
+    return lambda seconds, result: (sys.executable, "-m", "fusedrnn", *arguments, str(result))
 
 
 def _benchmark(device: str, backend: str) -> Command:

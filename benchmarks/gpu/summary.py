@@ -12,7 +12,7 @@ from fusedrnn.bench.cases import Case
 from . import floors
 from .driver import COLUMNS, Outcome
 
-BENCHMARK, NATIVE, LATENCY = "benchmark", "native benchmark", "latency"
+BENCHMARK, NATIVE, LATENCY, ATTENTION = "benchmark", "native benchmark", "latency", "attention benchmark"
 _CASE_COLUMNS = (
     "named case",
     "backend",
@@ -44,17 +44,15 @@ def report(head: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, An
 
 def show(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
     """Print what a report says: the named cases, the goals, and the steps last."""
-    native: Mapping[str, Any] = {}
-    for step in found["steps"]:
-        if step["name"] == NATIVE:
-            native = step.get("result") or {}
-    results = [*native.get("results", ()), *found.get("results", ())]
+    of_step = {step["name"]: step.get("result") or {} for step in found["steps"]}
+    results = [*of_step.get(NATIVE, {}).get("results", ()), *found.get("results", ())]
     named = [result for result in results if result["group"] == "named"]
     if named:
         terminal.table(_CASE_COLUMNS, [_case(result) for result in named])
         print()
-    if found.get("goals"):
-        terminal.table(_GOAL_COLUMNS, [_goal(goal) for goal in found["goals"]])
+    reached = [*found.get("goals", ()), *of_step.get(ATTENTION, {}).get("goals", ())]
+    if reached:
+        terminal.table(_GOAL_COLUMNS, [_goal(goal) for goal in reached])
         print()
     terminal.table(COLUMNS, [outcome.cells() for outcome in outcomes])
 

@@ -24,9 +24,9 @@ from .attention import compile_missing
 from .cases import MODES, PIECE, AnyCase, AttentionCase, Case, grid
 from .ceilings import Limits
 from .device import Device
-from .goals import ATTENTION_GOALS, GOALS, GPU_GOALS
+from .goals import ATTENTION_GOALS, GOALS, GPU_ATTENTION_GOALS, GPU_GOALS
 from .gpu import DEVICES
-from .groups import TIME, attention, full, gpu, one_step
+from .groups import TIME, attention, attention_gpu, full, gpu, one_step
 from .prepared import prepare
 from .report import ATTENTION_COLUMNS, COLUMNS, GRAPH_COLUMNS, Result, environment, lines, markdown
 from .run import run
@@ -45,7 +45,7 @@ _LAYOUTS = {
 def _plan(arguments: argparse.Namespace) -> list[tuple[str, AnyCase]]:
     """The cases, each with its group."""
     if arguments.cases == "attention":
-        groups = attention(arguments.compile)
+        groups = (attention_gpu if arguments.device == "cuda" else attention)(arguments.compile)
         return [(g, case) for g, cases in groups.items() for case in cases if _fits(case, arguments)]
     if not arguments.grid:
         return [(group, case) for group, cases in _groups(arguments).items() for case in cases]
@@ -225,7 +225,7 @@ def _runnable(plan: Sequence[tuple[str, AnyCase]], device: Device) -> list[tuple
 
 def _goals(arguments: argparse.Namespace) -> Sequence[goals.Goal]:
     if arguments.cases == "attention":
-        return ATTENTION_GOALS
+        return GPU_ATTENTION_GOALS if arguments.device == "cuda" else ATTENTION_GOALS
     if arguments.grid:
         return GPU_GOALS
     return GOALS if arguments.full or arguments.one_step else ()
@@ -307,7 +307,7 @@ def _check_attention(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     if arguments.compile and (why_not := compile_missing()):
         print(f"torch.compile: not timed: {why_not}")
         arguments.compile = False
-    if why_not := memory.missing():
+    if arguments.device == "cpu" and (why_not := memory.missing()):
         print(why_not.replace("--memory: ", "memory: not measured: "))
 
 

@@ -242,6 +242,27 @@ ATTENTION_GOALS = (
 )
 
 
+def _attend_time(about: str, mode: str, limit: float) -> Goal:
+    about = f"B128 Tq50 Tk50 H1024 bf16 {about}"
+    return Goal(
+        ("operator",),
+        about,
+        "best_seconds",
+        "max",
+        limit,
+        lambda case: case.hidden == 1024 and case.mode == mode,
+    )
+
+
+# Times are of a graph's replay where the call could be captured.
+GPU_ATTENTION_GOALS = (
+    _attend_time("forward", "inference", 60e-6),
+    _attend_time("forward and backward", "training", 220e-6),
+    *_least("operator", 15.0, 3.0),
+    Goal(("multihead",), "with weights, over nn.MultiheadAttention", "torch", "min", 2.0),
+)
+
+
 def groups(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """Rows of the summary, one per group, of torch's time over ours."""
     rows: list[tuple[str, ...]] = []

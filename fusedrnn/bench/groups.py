@@ -52,6 +52,19 @@ def attention(compiled: bool) -> dict[str, list[AttentionCase]]:
     }
 
 
+def attention_gpu(compiled: bool) -> dict[str, list[AttentionCase]]:
+    """Every group, by name, in bf16."""
+
+    def both(form: str, *sizes: int) -> list[AttentionCase]:
+        batch, queries, keys, hidden = sizes
+        return [AttentionCase(form, batch, 1, queries, keys, hidden, m, compiled, "bf16") for m in MODES]
+
+    return {
+        "operator": both("operator", 128, 50, 50, 1024) + both("operator", 64, 32, 32, 512),
+        "multihead": both("multihead", 32, 128, 128, 512),
+    }
+
+
 # Of the grid against cuDNN: the values of each axis, what matters most first.
 _DTYPES, _HIDDEN, _BATCH = ("bf16", "fp32", "fp16"), (512, 256, 1024, 128, 64, 2048), (32, 8, 1, 128)
 

@@ -72,6 +72,7 @@ class Result:
         measures = {
             **self.ratios,
             "seconds": seconds,
+            "best_seconds": best.p50,
             "flops_per_second": work.flops / seconds,
             "step_seconds": best.p50 / self.case.time,
             "bytes_per_second": ceilings.moved(self.case) / seconds,

@@ -138,18 +138,18 @@ const Factor<S>* pack(const Weight& w, Packing packing, int64_t gates, int threa
   return reinterpret_cast<const Factor<S>*>(held.packs.back().get());
 }
 
-// In, state: the initial states [D, B, ...], which become the last ones. Out: output [N, D*P], and what is saved, unless
-// it is null.
+// The directions of a layer. In, state: the initial states [D, B, ...], which become the last ones. Out: output
+// [N, D*P], and what is saved, unless it is null.
 template <class S>
-void forward(const Layer& l, S* output, Acc<S>* const state[2], Acc<S>* gates, Acc<S>* extra, Acc<S>* raw, Held& held) {
-  using T = Acc<S>;
+void describe(const Layer& l, S* output, Acc<S>* const state[2], Acc<S>* gates, Acc<S>* extra, Acc<S>* raw,
+              ForwardDirection<S>* directions, Held& held) {
   const Shape& s = l.shape;
-  ForwardDirection<S> directions[2] = {};
   int64_t inputs = l.inputs;
   const S* input = held.even<S>(l.input, s.rows, inputs);
   for (int i = 0; i < l.directions; ++i) {
     const Weights& w = l.weights[i];
     ForwardDirection<S>& d = directions[i];
+    d = {};
     d.shape = s;
     d.reverse = i == 1;
     d.input = input;
@@ -176,6 +176,12 @@ void forward(const Layer& l, S* output, Acc<S>* const state[2], Acc<S>* gates, A
     if (raw) d.raw = raw + i * s.rows * s.hidden;
     if (l.resets) d.resets = l.resets + i * s.rows;
   }
+}
+
+template <class S>
+void forward(const Layer& l, S* output, Acc<S>* const state[2], Acc<S>* gates, Acc<S>* extra, Acc<S>* raw, Held& held) {
+  ForwardDirection<S> directions[2];
+  describe<S>(l, output, state, gates, extra, raw, directions, held);
   const Kernels& k = kernels();
   run_beside(l.work(), [&] { run_forward<S>(k, l.cell, directions, l.directions, l.threads); });
 }
@@ -549,7 +555,7 @@ const S* in_time_order(const Stack& k, Held& held) {
 }
 
 template <class S>
-py::object run_stack(const Stack& k, PyObject* input, const Tensors& tensors) {
+py::object results_of(const Stack& k, PyObject* input, const Tensors& tensors) {
   using T = Acc<S>;
   constexpr bool kWidens = Storage<S>::kPerFactor > 1;
   const Shape& s = k.shape;
@@ -574,8 +580,12 @@ py::object run_stack(const Stack& k, PyObject* input, const Tensors& tensors) {
     }
   }
   const S* from = in_time_order<S>(k, held);
+  // A layer may begin while the one before it goes on: what the one after it writes has been read by then.
   S* between[2] = {};
   for (int i = 0; i < 2 && i + 1 < k.layers; ++i) between[i] = held.take<S>(s.rows * width);
+  const bool at_once = k.directions == 1 && k.layers > 1 && width % Storage<S>::kPerFactor == 0;
+  std::vector<ForwardDirection<S>> all(at_once ? k.layers : 0);
+  int64_t work = 0;
   for (int layer = 0; layer < k.layers; ++layer) {
     Layer l{};
     l.cell = k.cell;
@@ -590,8 +600,17 @@ py::object run_stack(const Stack& k, PyObject* input, const Tensors& tensors) {
     S* const to = layer + 1 == k.layers ? static_cast<S*>(output) : between[layer % 2];
     const int64_t run = layer * k.directions * s.batch;
     T* const start[2] = {state[0] + run * s.proj, state[1] ? state[1] + run * s.hidden : nullptr};
-    forward<S>(l, to, start, nullptr, nullptr, nullptr, held);
+    if (at_once) {
+      describe<S>(l, to, start, nullptr, nullptr, nullptr, &all[layer], held);
+      work += l.work();
+    } else {
+      forward<S>(l, to, start, nullptr, nullptr, nullptr, held);
+    }
     from = to;
+  }
+  if (at_once) {
+    const Kernels& table = kernels();
+    run_beside(work, [&] { run_stack<S>(table, k.cell, all.data(), k.layers, k.threads); });
   }
   if (kWidens) {
     for (int i = 0; i < kStates[k.cell]; ++i) convert(state[i], static_cast<S*>(last[i]), length(i));
@@ -605,7 +624,7 @@ py::object layers(PyObject* const* args) {
   Stack stack;
   if (!read_stack(args, tensors, stack)) return py::none();
   py::object result;
-  for_storage(storage_of(stack.input), [&](auto s) { result = run_stack<decltype(s)>(stack, args[kInput], tensors); });
+  for_storage(storage_of(stack.input), [&](auto s) { result = results_of<decltype(s)>(stack, args[kInput], tensors); });
   return result;
 }
 

@@ -81,7 +81,7 @@ def test_a_device_with_graphs_adds_replays(
     (record,) = report["results"]
     assert fake.captures == 2 * 3, "a graph per side and input"
     assert fake.released == 1
-    assert fake.samples == 4 * (1 + 2 * record["rounds"]), "one to find out how long, and a turn begins with one"
+    assert fake.samples == 4 * (1 + 2 * record["rounds"]), "a turn begins with one that is not counted"
     assert record["rounds"] >= FEWEST
     for times in (record["seconds"], record["graph_seconds"]):
         assert set(times) == {"torch", "fused"}

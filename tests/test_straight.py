@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -211,3 +212,38 @@ def test_functions_of_bf16(name, function, level):
     # a rounding of bf16, and 2^-14 of the value
     assert ((ours - exact).abs() <= exact.abs() * (2**-8 + 2**-14) + 2e-38).all()
     assert alone(torch.tensor([torch.nan, 1.0]).bfloat16(), name)[0].isnan()
+
+
+# ---- layers beside each other ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64", "bf16"])
+def test_layers_of_a_stack_run_beside_each_other(dtype, threads):
+    torch.set_num_threads(threads)
+    cases = [("LSTM", 64, 1, 45), ("GRU", 96, 2, 30), ("RNN", 130, 3, 26), ("LSTM", 40, 5, 33)]
+    for name, hidden, batch, time in cases:
+        for options in ({"num_layers": 2}, {"num_layers": 5}, {"num_layers": 3, "batch_first": True}):
+            module = make(name, dtype, 7, hidden, **options)
+            assert_parity(module, inputs=draw_inputs(module, time=time, batch=batch), gradients=False)
+    module = make("LSTM", dtype, 7, 90, num_layers=3, proj_size=48)
+    x, hx = draw_inputs(module, time=40, batch=2)
+    assert_parity(module, inputs=(x, hx), gradients=False)
+    with torch.no_grad():
+        runs = [flat(module(x, hx)) for _ in range(20)]
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
+
+
+def test_stacks_of_many_threads_at_once():
+    torch.set_num_threads(2)
+    module = make("LSTM", hidden=64, num_layers=3)
+    inputs = [torch.randn(60, 1, 5) for _ in range(8)]
+    with torch.no_grad():
+        expected = [module(x)[0] for x in inputs]
+
+    def work(i):
+        with torch.no_grad():
+            return all(torch.equal(module(inputs[i])[0], expected[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))

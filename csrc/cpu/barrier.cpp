@@ -39,6 +39,14 @@ void sleep_until_round_ends(Barrier& b, unsigned round) {
 
 }  // namespace
 
+void wait_a_little(int times) {
+  if (times < kSpins / 16) {
+    for (int i = 0; i < 16; ++i) relax();
+  } else {
+    sched_yield();
+  }
+}
+
 void barrier_wait(Barrier* barrier) {
   Barrier& b = *barrier;
   const unsigned round = b.round.load(std::memory_order_relaxed);

@@ -69,10 +69,12 @@ std::atomic<const Kernels*> current{nullptr};
 
 enum class Split { kRows, kUnits };
 
+// Bytes of weights that a core keeps in its second-level cache beside everything else, and in its first.
+constexpr int64_t kOwnCache = 512 << 10, kFirstCache = 32 << 10;
+
 // Weights that a core keeps in its own cache can be read by every thread, each for its own rows,
 // without a barrier; larger ones are shared out, and so are few rows.
 Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team) {
-  constexpr int64_t kOwnCache = 512 << 10, kFirstCache = 32 << 10;
   const int enough = weight_bytes <= kFirstCache ? 2 : 4;
   const bool enough_rows = s.batch >= static_cast<int64_t>(team) * std::min(tile_rows, enough);
   const bool wide = s.batch >= static_cast<int64_t>(team) * tile_rows * 8;
@@ -231,15 +233,17 @@ constexpr Traits kTraits[kCells] = {traits_of<RnnTanh>, traits_of<RnnRelu>, trai
 
 }  // namespace
 
+namespace {
+
+// Scratch of some scans, with their initial states in it.
 template <class S>
-void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads) {
+Buffer start(int cell, ForwardDirection<S>* directions, int count) {
   using T = Acc<S>;
   const Shape& s = directions[0].shape;
-  const Functions<S>& f = functions_of<S>(k);
   const bool projected = directions[0].weight_hr != nullptr;
-  const int gates = kTraits[cell].gates;
-  const int64_t elements = forward_scratch(s, sizeof(T), gates, projected), stride = scratch_stride(s.proj, sizeof(T));
-  const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
+  const int64_t elements = forward_scratch(s, sizeof(T), kTraits[cell].gates, projected);
+  const int64_t stride = scratch_stride(s.proj, sizeof(T));
+  Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) {
     directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
     reset_initial(directions[d]);
@@ -248,7 +252,82 @@ void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, in
       spread<S>(directions[d].state0, s.batch, s.proj, h, stride);
     }
   }
-  run_parts(directions, gates, sizeof(S), f.rows[cell], count, threads, f.forward[cell]);
+  return scratch;
+}
+
+// How far the layers of a stack are: a thread takes any layer that nobody else is in and whose input is there.
+struct Layers {
+  static constexpr int kMost = 16;
+  struct alignas(64) Layer {
+    std::atomic<bool> taken{false};
+    std::atomic<int64_t> done{0};  // pieces
+  } layers[kMost];
+};
+
+// Layers beside each other, each in pieces of time, the deepest that can go on first: no thread waits for another
+// at every step, as those do that share the units of a layer.
+template <class S>
+void run_wavefront(const Functions<S>& f, int cell, const ForwardDirection<S>* layers, int count, int64_t steps,
+                   int threads) {
+  const Shape& s = layers[0].shape;
+  const int64_t pieces = ceil_div(s.time, steps);
+  Layers progress;
+  std::atomic<int64_t> left{count * pieces};
+#pragma omp parallel num_threads(threads)
+  {
+    int idle = 0;
+    while (left.load(std::memory_order_acquire) > 0) {
+      bool found = false;
+      for (int i = count - 1; i >= 0 && !found; --i) {
+        auto& mine = progress.layers[i];
+        const auto ready = [&](int64_t piece) {
+          return piece < pieces && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
+        };
+        if (!ready(mine.done.load(std::memory_order_relaxed)) || mine.taken.exchange(true, std::memory_order_acquire)) continue;
+        const int64_t piece = mine.done.load(std::memory_order_relaxed);
+        if (ready(piece)) {  // nobody has made it meanwhile
+          f.forward[cell](layers[i], {0, s.batch, s.batch, 0, 1, nullptr, {0, 1, nullptr}, piece * steps, (piece + 1) * steps});
+          mine.done.store(piece + 1, std::memory_order_release);
+          left.fetch_sub(1, std::memory_order_release);
+          found = true;
+        }
+        mine.taken.store(false, std::memory_order_release);
+      }
+      idle = found ? 0 : idle + 1;
+      if (idle > 0) wait_a_little(idle);
+    }
+  }
+}
+
+}  // namespace
+
+template <class S>
+void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads) {
+  const Functions<S>& f = functions_of<S>(k);
+  const Buffer scratch = start(cell, directions, count);
+  run_parts(directions, kTraits[cell].gates, sizeof(S), f.rows[cell], count, threads, f.forward[cell]);
+}
+
+template <class S>
+void run_stack(const Kernels& k, int cell, ForwardDirection<S>* layers, int count, int threads) {
+  // Multiply-adds of a piece: below, the lines of its input take too long from one core to the other.
+  constexpr double kWorthAPiece = 2.8e5;
+  const Functions<S>& f = functions_of<S>(k);
+  const Shape& s = layers[0].shape;
+  const int gates = kTraits[cell].gates, team = std::min(threads, count);
+  const int64_t weight_bytes = gates * s.hidden * s.proj * static_cast<int64_t>(sizeof(S));
+  // Enough rows for the product of the inputs, and pieces enough to keep all threads at work.
+  const int64_t steps = std::max(ceil_div(12, std::max<int64_t>(s.batch, 1)), s.time / 16);
+  const double piece = 2.0 * double(steps) * double(s.batch) * gates * double(s.hidden) * double(s.proj);
+  // One layer after the other where a layer is shared out without a barrier, where its weights are more than a core
+  // holds, and where there are threads for more than one of each.
+  if (team > 1 && threads <= 2 * count && count <= Layers::kMost && s.batch_sizes == nullptr && s.time >= 2 * steps &&
+      piece >= kWorthAPiece && weight_bytes <= kOwnCache &&
+      choose_split(s, weight_bytes, f.rows[cell], team) == Split::kUnits) {
+    const Buffer scratch = start(cell, layers, count);
+    return run_wavefront(f, cell, layers, count, steps, team);
+  }
+  for (int i = 0; i < count; ++i) run_forward<S>(k, cell, layers + i, 1, threads);
 }
 
 template <class S>
@@ -343,6 +422,7 @@ uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repe
 
 #define FUSEDRNN_INSTANTIATE(S)                                                                        \
   template void run_forward<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                   \
+  template void run_stack<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                     \
   template void run_backward<S>(const Kernels&, int, BackwardDirection<S>*, int, int);                 \
   template void run_pack_rows<S>(const Kernels&, const S*, int64_t, int64_t, int64_t, Factor<S>*, int); \
   template void run_pack_columns<S>(const Kernels&, const S*, int64_t, int64_t, Factor<S>*, int);

@@ -20,6 +20,9 @@ void set_level(const std::string& name);      // "" is automatic; throws std::in
 
 template <class S>
 void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads);
+// A stack of layers of one direction, dense; the output of each is the input of the next.
+template <class S>
+void run_stack(const Kernels& k, int cell, ForwardDirection<S>* layers, int count, int threads);
 template <class S>
 void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads);
 

@@ -85,6 +85,7 @@ struct ForwardScan {
   FUSEDRNN_HD void next_chunk(Chunk& c, const Clock& now, int64_t step, Range units) const {
     c.span = span_from(now, step, !d.reverse, [&](const Span& longer) {
       const int64_t steps = longer.end_step - longer.first_step;
+      if (longer.end_step > part.end_step) return false;
       return (c.all_rows ? longer.row_end - longer.row_begin : steps * s.batch) <= c.slots;
     });
     const int64_t rows = c.span.row_end - c.span.row_begin;
@@ -193,8 +194,16 @@ struct ForwardScan {
                 part.row_count >= s.batch};
     const Range units = share((H + W - 1) / W, part.member, part.members);
     const Range outputs = share((P + W - 1) / W, part.member, part.members);
+    const auto swap_states = [&] {
+      F* swap = h;
+      h = h_new;
+      h_new = swap;
+    };
     Clock now = clock_at(s, d.reverse, d.reverse);
-    for (int64_t step = 0; step < s.time; ++step) {
+    for (int64_t step = 0; step < part.first_step; ++step) advance(now, !d.reverse);
+    if (part.first_step & 1) swap_states();
+    chunk.span.end_step = part.first_step;
+    for (int64_t step = part.first_step; step < smaller(s.time, part.end_step); ++step) {
       // Rows from `ending` on have their last step now.
       const int64_t ending = d.reverse ? (now.t == 0 ? 0 : now.active) : now.size(now.t + 1);
       const bool backwards = step & 1;
@@ -218,9 +227,7 @@ struct ForwardScan {
         fetch_rows(h_new, s.batch * stride);
       }
       if (step + 1 < s.time) advance(now, !d.reverse);
-      F* swap = h;
-      h = h_new;
-      h_new = swap;
+      swap_states();
     }
   }
 };

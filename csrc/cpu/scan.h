@@ -76,6 +76,8 @@ struct Part {
   int member, members;
   Barrier* barrier;  // null when no other thread works on the same rows
   Team team;
+  // The steps of a forward, in scan order: it may come in pieces, one after the other.
+  int64_t first_step = 0, end_step = INT64_MAX;
 };
 
 // Weights are packed by Functions; k pads to whole factors, K = ceil(k / kPerFactor).

@@ -52,7 +52,8 @@ def reason(
     if time == 1 and not at_once and function != "lstm" and batch * hidden * hidden <= _ONE_STEP:
         # recorded by autograd: 1.2 to 1.7 times torch where there is something to gain
         elman, cell = function.startswith("rnn"), function.endswith("_cell")
-        if train and (batch >= 4 or hidden <= 256) and (not (elman or cell) or (batch >= 4 and elman != cell)):
+        gains = not (elman and cell) if batch >= 4 else not (elman or cell) and hidden <= 256
+        if train and gains:
             return None
         return "a single small step is bound by the overhead of the call, where torch's own is leaner"
     return None

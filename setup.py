@@ -45,7 +45,8 @@ ISA_FLAGS = {
 }
 SOURCES = [
     *("csrc/bindings.cpp", "csrc/stepper.cpp", "csrc/one_step.cpp", "csrc/cuda.cpp"),
-    *("csrc/layer.cpp", "csrc/linear.cpp", "csrc/packs.cpp", "csrc/attend.cpp", "csrc/attend_step.cpp"),
+    *("csrc/layer.cpp", "csrc/stack.cpp", "csrc/linear.cpp", "csrc/packs.cpp"),
+    *("csrc/attend.cpp", "csrc/attend_step.cpp"),
     *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/attend.cpp", "csrc/cpu/barrier.cpp"),
     *("csrc/cpu/scan_portable.cpp", "csrc/cpu/attend_portable.cpp"),
 ]

@@ -10,6 +10,7 @@ using namespace fusedrnn;
 
 void bind_layer(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_stack(py::module_& m);
 void bind_stepper(py::module_& m);
 void bind_attend(py::module_& m);
 void bind_attend_step(py::module_& m);
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features);
   bind_layer(m);
   bind_linear(m);
+  bind_stack(m);
   bind_packs(m);
   bind_stepper(m);
   bind_attend(m);

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import functional, ops
+from fusedrnn import ops, straight
 from fusedrnn.backends import native, select
 from fusedrnn.backends.native import layer as native_layer
 from fusedrnn.backends.reference import layer as reference
@@ -56,7 +56,7 @@ def fused():
 def calls(monkeypatch):
     """The backend of every layer or single step that ran on our own."""
     seen = []
-    layer, one_step, stack = ops.layer, functional._one_step, native_layer.stack
+    layer, one_step, stack = ops.layer, straight.one_step, native_layer.stack
 
     def spy(*args):
         seen.append(args[6])
@@ -75,7 +75,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(ops, "layer", spy)
     monkeypatch.setattr(native_layer, "stack", spy_on_stack)
-    monkeypatch.setattr(functional, "_one_step", spy_on_step)
+    monkeypatch.setattr(straight, "one_step", spy_on_step)
     return seen
 
 

@@ -93,7 +93,7 @@ FILES = {
 MODULES = {*FILES, "fusedrnn._C"}
 # Each may import from what follows it, and from its own room.
 ROOMS = (
-    *("modules", "functional", "stack", "attend", "ops", "operators"),
+    *("modules", "functional", "straight", "stack", "attend", "linear", "ops", "operators"),
     *("backends", "saving", "scores", "cells", "_C"),
 )
 

@@ -242,7 +242,7 @@ def test_errors():
 
 
 def test_torch_itself_is_never_chosen(backend):
-    module = fusedrnn.GRU(3, 4)
+    module = fusedrnn.RNN(3, 4)
     x, resets = torch.randn(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
     with fusedrnn.use_backend(None):
         assert fusedrnn.explain(module, x).backend == "torch"
@@ -261,4 +261,4 @@ def test_torch_itself_is_never_chosen(backend):
         module(x, resets=resets)
     stack = (list(module.parameters()), True, 1, 0.0, False, False, False)
     with pytest.raises(select.BackendError, match="no other can run this call: a state has the wrong shape"):
-        functional.gru(x, torch.zeros(1, 3, 4), *stack, resets=resets)
+        functional.rnn_tanh(x, torch.zeros(1, 3, 4), *stack, resets=resets)

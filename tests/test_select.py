@@ -28,7 +28,7 @@ def fresh() -> Iterator[None]:
         select._table.cache_clear()
         select.say_once.cache_clear()
         select.no_kernel.cache_clear()
-        fusedrnn.functional._kernels.cache_clear()
+        fusedrnn.straight._kernels.cache_clear()
 
     forget()
     with select.use_backend("auto"):
@@ -234,7 +234,7 @@ def test_explain_asks_where_torch_is_faster(
         return "torch is faster here"
 
     monkeypatch.setattr(hand_over, "reason", reason)
-    monkeypatch.setattr(fusedrnn.functional, "_one_step", lambda *args, **options: None)  # asks nobody
+    monkeypatch.setattr(fusedrnn.straight, "one_step", lambda *args, **options: None)  # asks nobody
     choice = explain(module, input)
     with torch.no_grad():
         assert explain(module, input) == choice

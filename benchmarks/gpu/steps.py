@@ -32,7 +32,7 @@ _TINY_PARITY = ("--cell", "lstm", "--dtype", "fp32")
 _SECONDS: dict[str, tuple[float, float | None]] = {
     "build": (60, 45),
     "doctor": (10, None),
-    "tests": (60, None),
+    "tests": (45, None),
     "parity": (60, 15),
     "memcheck": (25, None),
     "racecheck": (25, None),
@@ -43,8 +43,8 @@ _SECONDS: dict[str, tuple[float, float | None]] = {
     "determinism": (15, 8),
     "long": (20, None),
     LATENCY: (10, None),
-    ATTENTION: (40, None),
-    NATIVE: (45, None),
+    ATTENTION: (20, None),
+    NATIVE: (40, None),
     BENCHMARK: (0, 0),
 }
 _MARGIN = 0.15  # of the benchmark's time, for the case that it is at and for its report

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from . import native, select
+from . import select
 
 # One call for one step of at most this many multiply-adds is bound by its overhead, and torch's
 # dispatcher is leaner than Python. Measured: the T = 1 rows of
@@ -62,7 +62,7 @@ def reason(
 @cache
 def _mkl_is_slower() -> bool:
     """On AMD's CPUs torch's fp32 products reach half of the cores' rate; on others nothing is measured."""
-    return "amd" in native.cpu_features()
+    return "amd" in select.get("native").cpu_features()
 
 
 def linear_reason(dtype: torch.dtype, work: int) -> str | None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
+from .. import functional, straight
 from .forward import Fused, borrowed
 
 
@@ -55,7 +55,7 @@ class _FusedRNN(Fused, nn.RNNBase):
             return self._with_resets(input, hx, resets)
         own, params = self._parameters, self._flat_weights
         if type(input) is Tensor and all(map(is_, map(own.get, self._flat_weights_names), params)):
-            made = functional.straight(
+            made = straight.layers(
                 self.mode.lower(), input, None, hx, params, self.bias, self.num_layers,
                 self.dropout if self.training else 0.0, self.bidirectional, self.batch_first,
             )  # fmt: skip

@@ -97,6 +97,8 @@ def stack(
         None where the arguments are not plain tensors in the CPU's memory that fit each other; True of a
         watched call whose arguments are.
     """
+    if input.device.type == cuda.DEVICE_TYPE:
+        return None
     run = _C.fits if watched else _C.layers  # type: ignore[union-attr]
     made = run(
         _CELLS[cell].number, torch.get_num_threads(), input, batch_sizes, hx, params, has_biases, num_layers,

@@ -2,6 +2,8 @@
 // microsecond.
 #pragma once
 
+#include <stdexcept>
+
 #include <pybind11/pybind11.h>
 
 namespace fusedrnn {
@@ -16,6 +18,8 @@ PyObject* fast_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return kFunction(args).release().ptr();
   } catch (pybind11::error_already_set& error) {
     error.restore();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

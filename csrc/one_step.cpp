@@ -8,6 +8,7 @@
 #include "cpu/attend_run.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
+#include "fast_call.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -85,61 +86,45 @@ bool read(int cell, bool is_layer, PyObject* const* args, Step& step) {
 
 // one_step(*Argument): the new states in a tuple, of a layer its output before them; or None where the ordinary way
 // has to be taken.
-PyObject* one_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kArguments) {
-    PyErr_Format(PyExc_TypeError, "one_step: expected %d arguments", static_cast<int>(kArguments));
-    return nullptr;
+py::object one_step(PyObject* const* args) {
+  const int cell = integer(args[kCell]), threads = integer(args[kThreads]);
+  if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell: unknown index");
+  Step step;
+  const bool is_layer = args[kIsLayer] == Py_True;
+  if (!read(cell, is_layer, args, step)) return py::none();
+  CellUpdate& u = step.update;
+  const Tensors& tensors = Tensors::found();
+  py::object made[3];
+  int results = 0;
+  if (is_layer) made[results++] = tensors.make_like(args[kInput], step.input, u.hidden, u.output);
+  made[results++] = tensors.make_like(args[kHidden], step.hidden, u.hidden, u.h_new);
+  if (u.c) made[results++] = tensors.make_like(args[kMemory], step.hidden, u.hidden, u.c_new);
+  const int64_t gates = step.x.outputs;
+  const Buffer scratch = allocate(2 * u.rows * gates * sizeof(float));
+  u.x_gates = step.x.out = reinterpret_cast<float*>(scratch.get());
+  u.h_gates = step.h.out = step.x.out + u.rows * gates;
+  const Kernels& k = kernels();
+  const auto run = [&] {
+    run_projection(k, step.x, threads);
+    run_projection(k, step.h, threads);
+    k.update[cell](u);
+  };
+  if (u.rows * gates * (step.x.inputs + u.hidden) >= kWorthRelease) {
+    const py::gil_scoped_release release;
+    run();
+  } else {
+    run();
   }
-  const long cell = PyLong_AsLong(args[kCell]);
-  const int threads = static_cast<int>(PyLong_AsLong(args[kThreads]));
-  if (PyErr_Occurred()) return nullptr;
-  if (cell < 0 || cell >= kCells) {
-    PyErr_SetString(PyExc_ValueError, "cell: unknown index");
-    return nullptr;
-  }
-  try {
-    Step step;
-    const bool is_layer = args[kIsLayer] == Py_True;
-    if (!read(static_cast<int>(cell), is_layer, args, step)) Py_RETURN_NONE;
-    CellUpdate& u = step.update;
-    const Tensors& tensors = Tensors::found();
-    py::object made[3];
-    int results = 0;
-    if (is_layer) made[results++] = tensors.make_like(args[kInput], step.input, u.hidden, u.output);
-    made[results++] = tensors.make_like(args[kHidden], step.hidden, u.hidden, u.h_new);
-    if (u.c) made[results++] = tensors.make_like(args[kMemory], step.hidden, u.hidden, u.c_new);
-    const int64_t gates = step.x.outputs;
-    const Buffer scratch = allocate(2 * u.rows * gates * sizeof(float));
-    u.x_gates = step.x.out = reinterpret_cast<float*>(scratch.get());
-    u.h_gates = step.h.out = step.x.out + u.rows * gates;
-    const Kernels& k = kernels();
-    const auto run = [&] {
-      run_projection(k, step.x, threads);
-      run_projection(k, step.h, threads);
-      k.update[cell](u);
-    };
-    if (u.rows * gates * (step.x.inputs + u.hidden) >= kWorthRelease) {
-      const py::gil_scoped_release release;
-      run();
-    } else {
-      run();
-    }
-    py::tuple result(results);
-    for (int i = 0; i < results; ++i) result[i] = std::move(made[i]);
-    return result.release().ptr();
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  py::tuple result(results);
+  for (int i = 0; i < results; ++i) result[i] = std::move(made[i]);
+  return std::move(result);
 }
 
-PyMethodDef method = {"one_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(one_step)), METH_FASTCALL,
-                      "one_step(cell, threads, is_layer, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)"};
+PyMethodDef methods[] = {
+    fast_method<one_step, kArguments>(
+        "one_step", "one_step(cell, threads, is_layer, input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)"),
+};
 
 }  // namespace
 
-void bind_one_step(py::module_& m) {
-  m.attr("one_step") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
-}
+void bind_one_step(py::module_& m) { add_methods(m, methods); }

@@ -1,5 +1,4 @@
-// A stack of layers that nobody looks on at (no gradient, no tracer), as torch._VF has it: `layers` looks at everything
-// and runs it, `fits` only looks.
+// A stack of layers, as torch._VF has it: looked at, and run where nobody looks on (no gradient, no tracer).
 #include "layer.h"
 
 using namespace fusedrnn;
@@ -7,7 +6,7 @@ using namespace fusedrnn;
 namespace {
 
 enum Argument { kCell, kThreads, kInput, kBatchSizes, kHx, kParams, kHasBiases, kLayers, kBidirectional, kBatchFirst,
-                kArguments };
+                kWatched, kArguments };
 
 // A stack's call, as torch._VF has it; hx None stands for zeros.
 struct Stack {
@@ -191,25 +190,20 @@ py::object results_of(const Stack& k, PyObject* input, const Tensors& tensors) {
   return std::move(result);
 }
 
-// layers(*Argument): the output, time first, and the last states; None where the ordinary way has to be taken.
+// layers(*Argument): the output, time first, and the last states; True of a call that is watched, which is not run; None
+// where the ordinary way has to be taken.
 py::object layers(PyObject* const* args) {
   const Tensors& tensors = Tensors::found();
   Stack stack;
   if (!read_stack(args, tensors, stack)) return py::none();
+  if (args[kWatched] == Py_True) return py::bool_(true);
   py::object result;
   for_storage(storage_of(stack.input), [&](auto s) { result = results_of<decltype(s)>(stack, args[kInput], tensors); });
   return result;
 }
 
-// fits(*Argument): whether `layers` would run it.
-py::object fits(PyObject* const* args) {
-  Stack stack;
-  return py::bool_(read_stack(args, Tensors::found(), stack));
-}
-
 PyMethodDef methods[] = {
-    fast_method<layers, kArguments>("layers", "a stack -> (output, *last states), or None"),
-    fast_method<fits, kArguments>("fits", "whether `layers` knows these arguments"),
+    fast_method<layers, kArguments>("layers", "a stack -> (output, *last states), True or None"),
 };
 
 }  // namespace

@@ -40,19 +40,8 @@ def layers(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
-) -> tuple[Any, ...] | None: ...
-def fits(
-    cell: int,
-    threads: int,
-    input: object,
-    batch_sizes: object,
-    hx: object,
-    params: object,
-    has_biases: bool,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-) -> bool: ...
+    watched: bool,
+) -> tuple[Any, ...] | bool | None: ...
 def linear_forward(threads: int, input: object, weight: object, bias: object, keep: bool) -> Any: ...
 def linear_backward(
     threads: int,

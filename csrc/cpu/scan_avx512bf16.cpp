@@ -11,5 +11,6 @@ static const Functions<Bf16> kBf16 = functions<Bf16>();
 static const StepFunctions kStepOfBytes[kStorages] = {kAvx512Step[kPlain], kAvx512Step[kBFloat16],
                                                       step_functions<Digits>};
 const Kernels kAvx512Bf16Kernels = {"avx512bf16",     kAvx512F32,   kAvx512F64, kBf16,       map_math<float>,
-                                    map_math<double>, kStepOfBytes, kUpdate<>, linear_forward, linear_backward,  fingerprint, read_all, kAvx512Attend};
+                                    map_math<double>, kStepOfBytes, kUpdate<>,
+                                    linear_forward,   linear_backward, fingerprint, read_all, kAvx512Attend};
 }  // namespace fusedrnn

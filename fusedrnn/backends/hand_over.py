@@ -15,8 +15,6 @@ _ONE_STEP = 1 << 20
 # Up to this many features of a query torch's batched products beat our dot kernel. Measured with B, N, Tq, Tk
 # of 8, 8, 64, 64 to 1, 8, 1024, 1024.
 SMALL_HEAD = 64
-
-
 # Multiply-adds of a projection from which our products are worth their call.
 _PROJECTION = 1 << 20
 

@@ -99,12 +99,10 @@ def stack(
     """
     if input.device.type == cuda.DEVICE_TYPE:
         return None
-    run = _C.fits if watched else _C.layers  # type: ignore[union-attr]
-    made = run(
+    return _C.layers(  # type: ignore[union-attr]
         _CELLS[cell].number, torch.get_num_threads(), input, batch_sizes, hx, params, has_biases, num_layers,
-        bidirectional, batch_first,
+        bidirectional, batch_first, watched,
     )  # fmt: skip
-    return (made or None) if watched else made  # type: ignore[no-any-return]
 
 
 def forward(

@@ -1,118 +1,154 @@
-// fusedrnn._C's attention: one tuple of numbers and addresses a call, in the order of the structs' fields in
-// cpu/attend.h. Callers have validated everything.
+// fusedrnn._C's attention, of torch's tensors. Callers have validated everything: shapes and dtypes fit, last
+// dimensions are contiguous and hold their values.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 
 #include "cpu/attend_run.h"
 #include "cpu/dispatch.h"
+#include "fast_call.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
 
 namespace {
 
-class Fields {
- public:
-  explicit Fields(const py::tuple& tuple) : tuple_(tuple) {}
+double real(PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return number;
+}
 
-  int64_t integer() { return PyLong_AsLongLong(next()); }
-  uint64_t bits() { return PyLong_AsUnsignedLongLongMask(next()); }
-  double real() { return PyFloat_AsDouble(next()); }
-  template <class X>
-  X* pointer() {
-    return reinterpret_cast<X*>(PyLong_AsSize_t(next()));
+// f(S{}) for what a tensor stores.
+template <class F>
+py::object for_stored(const dlpack::Tensor& t, F f) {
+  if (t.type_code == dlpack::kFloat && t.type_bits == 16) return f(Half{});
+  switch (storage_of(t)) {
+    case 0: return f(float{});
+    case 1: return f(double{});
+    case 2: return f(Bf16{});
+    default: throw std::invalid_argument("query: no kernel for its dtype");
   }
-  template <class X>
-  Rows<X> rows() {
-    X* data = pointer<X>();
-    const int64_t batch = integer(), head = integer(), row = integer();
-    return {data, batch, head, row};
-  }
-  void end() const {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (at_ != tuple_.size()) throw std::invalid_argument("fields: too many");
-  }
+}
 
- private:
-  PyObject* next() {
-    if (at_ == tuple_.size()) throw std::invalid_argument("fields: too few");
-    return PyTuple_GET_ITEM(tuple_.ptr(), static_cast<Py_ssize_t>(at_++));
-  }
-  const py::tuple& tuple_;
-  size_t at_ = 0;
+template <class X>
+X* data_of(const Tensors& tensors, PyObject* tensor) {
+  return tensor == Py_None ? nullptr : static_cast<X*>(tensors.view(tensor).data);
+}
+
+// [B, N, T, columns], whose dimensions of one value lie anywhere.
+template <class X>
+Rows<X> rows_of(const Tensors& tensors, PyObject* tensor) {
+  if (tensor == Py_None) return {};
+  const dlpack::Tensor t = tensors.view(tensor);
+  if (t.ndim != 4) throw std::invalid_argument("expected 4 dimensions");
+  const auto stride = [&](int i) { return t.shape[i] == 1 ? 0 : t.strides[i]; };
+  return {static_cast<X*>(t.data), stride(0), stride(1), stride(2)};
+}
+
+// The arguments that both ways begin with.
+enum { kThreads, kScore, kScale, kDropout, kSeed, kQuery, kKey, kValue, kV, kLengths, kOthers };
+
+template <class S>
+void read(const Tensors& tensors, PyObject* const* args, Attend<S>& a) {
+  const dlpack::Tensor query = tensors.view(args[kQuery]), value = tensors.view(args[kValue]);
+  if (query.ndim != 4 || value.ndim != 4) throw std::invalid_argument("expected 4 dimensions");
+  a.score = integer(args[kScore]);
+  a.scale = real(args[kScale]);
+  a.dropout = real(args[kDropout]);
+  a.seed = PyLong_AsUnsignedLongLongMask(args[kSeed]);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  a.batch = query.shape[0];
+  a.heads = query.shape[1];
+  a.queries = query.shape[2];
+  a.width = query.shape[3];
+  a.keys = value.shape[2];
+  a.values = value.shape[3];
+  a.query = rows_of<const S>(tensors, args[kQuery]);
+  a.key = rows_of<const S>(tensors, args[kKey]);
+  a.value = rows_of<const S>(tensors, args[kValue]);
+  a.v = data_of<const S>(tensors, args[kV]);
+  a.lengths = data_of<const int64_t>(tensors, args[kLengths]);
+}
+
+// A new tensor [B, N, T, columns] of a query's dtype, or of that of sums.
+template <class S, class X>
+py::object make(const Tensors& tensors, PyObject* query, const Attend<S>& a, int64_t rows, int64_t columns, X*& data) {
+  void* memory;
+  auto made = tensors.make(query, {a.batch, a.heads, rows, columns}, memory, sizeof(X) > sizeof(S));
+  data = static_cast<X*>(memory);
+  return made;
+}
+
+template <class S>
+int64_t work_of(const Attend<S>& a) {
+  return a.batch * a.heads * a.queries * a.keys * (a.width + a.values);
+}
+
+// attend_forward(threads, score, scale, dropout, seed, query, key, value, v, lengths, mask, need_weights, save) ->
+// context, weights or None, probabilities or None.
+py::object forward(PyObject* const* args) {
+  enum { kMask = kOthers, kNeedWeights, kSave };
+  const Tensors& tensors = Tensors::found();
+  const int threads = integer(args[kThreads]);
+  PyObject* const query = args[kQuery];
+  return for_stored(tensors.view(query), [&](auto stored) -> py::object {
+    using S = decltype(stored);
+    AttendForward<S> a{};
+    read(tensors, args, a);
+    if (args[kMask] != Py_None) {
+      a.mask_kind = tensors.view(args[kMask]).type_code == dlpack::kBool ? kBoolMask : kAddedMask;
+      a.bool_mask = rows_of<const uint8_t>(tensors, args[kMask]);
+      a.added_mask = rows_of<const S>(tensors, args[kMask]);
+    }
+    const auto context = make(tensors, query, a, a.queries, a.values, a.context);
+    py::object weights = py::none(), probabilities = py::none();
+    if (args[kNeedWeights] == Py_True) weights = make(tensors, query, a, a.queries, a.keys, a.weights);
+    if (args[kSave] == Py_True) probabilities = make(tensors, query, a, a.queries, a.keys, a.probabilities);
+    const Kernels& k = kernels();
+    run_beside(work_of(a), [&] { run_attend(k, a, threads); });
+    return py::make_tuple(context, weights, probabilities);
+  });
+}
+
+// attend_backward(threads, score, scale, dropout, seed, query, key, value, v, lengths, probabilities, d_context,
+// d_weights, whether d_query, d_key, d_value, d_v are needed) -> those, None where not, and the gradient of the scores.
+py::object backward(PyObject* const* args) {
+  enum { kProbabilities = kOthers, kContext, kWeights, kNeeds };
+  const Tensors& tensors = Tensors::found();
+  const int threads = integer(args[kThreads]);
+  PyObject* const query = args[kQuery];
+  return for_stored(tensors.view(query), [&](auto stored) -> py::object {
+    using S = decltype(stored);
+    AttendBackward<S> a{};
+    read(tensors, args, a);
+    a.probabilities = data_of<const Acc<S>>(tensors, args[kProbabilities]);
+    a.d_context = rows_of<const S>(tensors, args[kContext]);
+    a.d_weights = rows_of<const S>(tensors, args[kWeights]);
+    const auto needs = [&](int i) { return args[kNeeds + i] == Py_True; };
+    py::object d_query = py::none(), d_key = py::none(), d_value = py::none(), d_v = py::none();
+    if (needs(0)) d_query = make(tensors, query, a, a.queries, a.width, a.d_query);
+    if (needs(1)) d_key = make(tensors, query, a, a.keys, a.width, a.d_key);
+    if (needs(2)) d_value = make(tensors, query, a, a.keys, a.values, a.d_value);
+    if (needs(3)) {
+      void* memory;
+      d_v = tensors.make(query, {a.width}, memory);
+      a.d_v = static_cast<S*>(memory);
+    }
+    const auto d_scores = make(tensors, query, a, a.queries, a.keys, a.d_scores);
+    const auto dropped = a.dropout > 0 ? make(tensors, query, a, a.queries, a.keys, a.weights) : py::none();
+    const Kernels& k = kernels();
+    run_beside(work_of(a), [&] { run_attend(k, a, threads); });
+    return py::make_tuple(d_query, d_key, d_value, d_v, d_scores);
+  });
+}
+
+PyMethodDef methods[] = {
+    fast_method<forward, kOthers + 3>("attend_forward", "-> context, weights, probabilities"),
+    fast_method<backward, kOthers + 7>("attend_backward", "-> gradients of query, key, value, v and scores"),
 };
-
-template <class S>
-void read(Fields& f, Attend<S>& a) {
-  a.score = static_cast<int>(f.integer());
-  for (int64_t* n : {&a.batch, &a.heads, &a.queries, &a.keys, &a.width, &a.values}) *n = f.integer();
-  a.query = f.rows<const S>();
-  a.key = f.rows<const S>();
-  a.value = f.rows<const S>();
-  a.v = f.pointer<const S>();
-  a.lengths = f.pointer<const int64_t>();
-  a.scale = f.real();
-  a.dropout = f.real();
-  a.seed = f.bits();
-}
-
-template <class S>
-void read(Fields& f, AttendForward<S>& a) {
-  using T = Acc<S>;
-  read(f, static_cast<Attend<S>&>(a));
-  a.mask_kind = static_cast<int>(f.integer());
-  const Rows<const uint8_t> mask = f.rows<const uint8_t>();
-  a.bool_mask = mask;
-  a.added_mask = {reinterpret_cast<const S*>(mask.data), mask.batch_stride, mask.head_stride, mask.stride};
-  a.context = f.pointer<S>();
-  a.weights = f.pointer<S>();
-  a.lse = f.pointer<T>();
-  a.probabilities = f.pointer<T>();
-  a.steps = false;
-  a.kept = nullptr;
-}
-
-template <class S>
-void read(Fields& f, AttendBackward<S>& a) {
-  using T = Acc<S>;
-  read(f, static_cast<Attend<S>&>(a));
-  a.probabilities = f.pointer<const T>();
-  a.d_context = f.rows<const S>();
-  a.d_weights = f.rows<const S>();
-  a.d_scores = f.pointer<T>();
-  a.weights = f.pointer<T>();
-  a.d_query = f.pointer<S>();
-  a.d_key = f.pointer<S>();
-  a.d_value = f.pointer<S>();
-  a.d_v = f.pointer<S>();
-}
-
-template <class Arguments>
-void run(int threads, const py::tuple& tuple) {
-  Fields fields(tuple);
-  Arguments a;
-  read(fields, a);
-  fields.end();
-  const Kernels& k = kernels();
-  py::gil_scoped_release release;
-  run_attend(k, a, threads);
-}
-
-template <template <class> class Arguments>
-void run_stored(int storage, int threads, const py::tuple& tuple) {
-  switch (storage) {
-    case 0: return run<Arguments<float>>(threads, tuple);
-    case 1: return run<Arguments<double>>(threads, tuple);
-    case 2: return run<Arguments<Bf16>>(threads, tuple);
-    case 3: return run<Arguments<Half>>(threads, tuple);
-    default: throw std::invalid_argument("storage: expected 0 to 3");
-  }
-}
 
 }  // namespace
 
-void bind_attend(py::module_& m) {
-  m.def("attend_forward", &run_stored<AttendForward>, "attend_forward(storage, threads, fields)");
-  m.def("attend_backward", &run_stored<AttendBackward>, "attend_backward(storage, threads, fields)");
-}
+void bind_attend(py::module_& m) { add_methods(m, methods); }

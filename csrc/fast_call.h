@@ -2,6 +2,8 @@
 // microsecond.
 #pragma once
 
+#include <stdint.h>
+
 #include <stdexcept>
 
 #include <pybind11/pybind11.h>
@@ -37,6 +39,16 @@ void add_methods(pybind11::module_& m, PyMethodDef (&methods)[N]) {
   for (PyMethodDef& each : methods) {
     m.attr(each.ml_name) = pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&each, nullptr));
   }
+}
+
+// Above so many multiply-adds (about 20 us) other threads want the GIL.
+constexpr int64_t kWorthRelease = 1 << 19;
+
+template <class Run>
+void run_beside(int64_t work, Run run) {
+  if (work < kWorthRelease) return run();
+  const pybind11::gil_scoped_release release;
+  run();
 }
 
 inline int integer(PyObject* value) {

@@ -21,9 +21,6 @@ namespace {
 
 namespace py = pybind11;
 
-// Above so many multiply-adds (about 20 us) other threads want the GIL.
-constexpr int64_t kWorthRelease = 1 << 19;
-
 template <class Cell>
 constexpr bool kOwnExtra = Cell::kExtra != Extra::kNone;
 constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
@@ -95,13 +92,6 @@ struct Held {
     return to;
   }
 };
-
-template <class Run>
-void run_beside(int64_t work, Run run) {
-  if (work < kWorthRelease) return run();
-  const py::gil_scoped_release release;
-  run();
-}
 
 // ---- a layer ------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,6 @@ using namespace fusedrnn;
 
 namespace {
 
-// Above it (about 20 us) other threads can wait for the GIL.
-constexpr int64_t kWorthRelease = 1 << 19;
-
 constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
 constexpr int kStates[kCells] = {RnnTanh::kStates, RnnRelu::kStates, Lstm::kStates, Gru::kStates};
 
@@ -109,12 +106,7 @@ py::object one_step(PyObject* const* args) {
     run_projection(k, step.h, threads);
     k.update[cell](u);
   };
-  if (u.rows * gates * (step.x.inputs + u.hidden) >= kWorthRelease) {
-    const py::gil_scoped_release release;
-    run();
-  } else {
-    run();
-  }
+  run_beside(u.rows * gates * (step.x.inputs + u.hidden), run);
   py::tuple result(results);
   for (int i = 0; i < results; ++i) result[i] = std::move(made[i]);
   return std::move(result);

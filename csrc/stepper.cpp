@@ -7,15 +7,13 @@
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
+#include "fast_call.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
 
 namespace {
-
-// Below this many multiply-adds (about 20 us) other threads can wait for the GIL.
-constexpr int64_t kWorthRelease = 1 << 19;
 
 // The parameters that a pack was made from, and whether they are still the same.
 class Watch {

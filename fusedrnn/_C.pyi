@@ -73,8 +73,40 @@ def stepper(
     output: int,
     layers: list[tuple[int, ...]],
 ) -> Callable[[object, int], bool]: ...
-def attend_forward(storage: int, threads: int, fields: tuple[int | float, ...]) -> None: ...
-def attend_backward(storage: int, threads: int, fields: tuple[int | float, ...]) -> None: ...
+def attend_forward(
+    threads: int,
+    score: int,
+    scale: float,
+    dropout: float,
+    seed: int,
+    query: object,
+    key: object,
+    value: object,
+    v: object,
+    lengths: object,
+    mask: object,
+    need_weights: bool,
+    save: bool,
+) -> Any: ...
+def attend_backward(
+    threads: int,
+    score: int,
+    scale: float,
+    dropout: float,
+    seed: int,
+    query: object,
+    key: object,
+    value: object,
+    v: object,
+    lengths: object,
+    probabilities: object,
+    grad_context: object,
+    grad_weights: object,
+    needs_query: bool,
+    needs_key: bool,
+    needs_value: bool,
+    needs_v: bool,
+) -> Any: ...
 def step_together(storage: int) -> int: ...
 def attend_keys(versioned: bool) -> object: ...
 def attend_step(

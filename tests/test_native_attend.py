@@ -78,21 +78,15 @@ def test_a_row_without_keys_is_zero(score, poisoned):
         for name in ["context", "weights", "grad query", "grad key", "grad value"]:
             assert not ours[name][1].any(), name
             assert ours[name][0].any(), name
-        lse = attend.forward(score, query, key, value, v, mask, lengths, 1.0, 0.0, 0, False, True)[2][0]
-        assert (lse[1] == -INF).all()
-        assert lse[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["bool", "lengths"])
 @pytest.mark.parametrize("score", SCORES)
 def test_saved_is_what_it_says(score, kind, poisoned):
     args = problem(score, (2, 3, 5, 9, 17, 4), kind)
-    _, weights, (lse, before) = run(score, args, 0.3, weights=True, save=True)
-    assert [lse.shape, before.shape] == [torch.Size(s) for s in attend.saved_shapes(2, 3, 5, 9)]
+    _, weights, (before,) = run(score, args, 0.3, weights=True, save=True)
+    assert [before.shape] == [torch.Size(s) for s in attend.saved_shapes(2, 3, 5, 9)]
     torch.testing.assert_close(before, weights)
-    wide = [t if t is None or not t.is_floating_point() else t.double() for t in args]
-    _, _, (exact, _) = run(score, wide, 0.3, save=True)
-    torch.testing.assert_close(lse, exact.float())
     _, weights, saved = run(score, args)
     assert weights is None
     assert saved == []

@@ -133,6 +133,8 @@ void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
   const int64_t heads = a.batch * a.heads, blocks = ceil_div(a.width, f.width);
   const int64_t groups = ceil_div(a.values, 4 * f.width);
   const bool columns = a.d_query || a.d_key || a.d_v;
+  // Cache lines of the same rows side by side belong to one thread.
+  const int64_t neighbours = std::clamp<int64_t>(heads * blocks / (threads * 8), 1, 4);
   Scratch<T> scratch(std::max(score_scratch(tiles.most, a.values, sizeof(T)), column_scratch(a.queries, a.keys)),
                            threads);
   Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
@@ -142,7 +144,7 @@ void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
     T* const mine = scratch.of(omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles.count; ++i) f.score_gradients(a, tiles.head(i), tiles.slice(i), mine);
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(dynamic, neighbours) nowait
     for (int64_t i = 0; i < (columns ? heads * blocks : 0); ++i) {
       f.column_gradients(a, i / blocks, i % blocks * f.width, mine);
     }

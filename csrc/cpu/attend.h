@@ -51,7 +51,6 @@ struct AttendForward : Attend<S> {
   Rows<const S> added_mask;       // likewise
   S* context;                     // [B, N, Tq, Dv]
   S* weights;                     // [B, N, Tq, Tk] after dropout, or null
-  T* lse;                         // [B, N, Tq] log of the sum of the scores' exponentials, or null
   T* probabilities;               // [B, N, Tq, Tk] before dropout, or null
   bool steps;                     // the keys will meet more queries, in other calls that are to give the same digits
   const T* kept;                  // [B, N, Tk, ceil(D/W), parts, W] what AttendStep::keep made of the keys, or null
@@ -80,7 +79,7 @@ struct AttendFunctions {
   // Before masks; of all keys, the columns `keys` are written.
   void (*scores)(const AttendForward<S>&, int64_t head, Slice queries, Slice keys,
                  T* scores /*[queries, score_stride(Tk)]*/, T* scratch /*score_scratch(D)*/);
-  // Softmax and the columns of the context; writes weights, lse and probabilities if `columns` begins at 0.
+  // Softmax and the columns of the context; writes weights and probabilities if `columns` begins at 0.
   // `from` and `to` may be the same.
   void (*context)(const AttendForward<S>&, int64_t head, Slice queries, Slice columns,
                   const T* from /*[queries, score_stride(Tk)] scores*/, T* to /*likewise, weights*/);

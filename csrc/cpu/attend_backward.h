@@ -50,22 +50,26 @@ FUSEDRNN_HD void gradient_tile(const T* q /*[R, parts, W]*/, int64_t keys, const
                                T* dv /*[W]*/) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::kWidth, P = Score::kParts;
-  V mine[R][P], d_mine[R] = {}, d_v{};
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  Bundle<V, R> mine[P], d_mine{}, d_v{};
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) mine[r][p] = load(q + (r * P + p) * W);
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) mine[p][r] = load(q + (r * P + p) * W);
   for (int64_t j = 0; j < keys; ++j) {
-    V parts[P], d_key{};
+    V parts[P], d_key = load(dk + j * W);
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) parts[p] = load(k + (j * P + p) * W);
+    Bundle<V, R> gradients;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) Score::gradients(mine[r], parts, splat(g[r * g_stride + j]), d_mine[r], d_key, d_v);
-    store(dk + j * W, load(dk + j * W) + d_key);
+    for (int r = 0; r < R; ++r) gradients[r] = splat(g[r * g_stride + j]);
+    Score::gradients(mine, parts, gradients, d_mine, d_key, d_v);
+    store(dk + j * W, d_key);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) store(dq + r * W, load(dq + r * W) + d_mine[r]);
-  store(dv, load(dv) + d_v);
+  V total = load(dv);
+  total += d_v;
+  store(dv, total);
 }
 
 // rows [n, D] from `from` [n, W] times `factor`

@@ -67,9 +67,9 @@ FUSEDRNN_HD void finish_scores(const AttendForward<S>& a, int64_t head, int64_t 
   }
 }
 
-// In place; returns the log of the sum of exponentials. A row without a key to attend to becomes zero.
+// In place. A row without a key to attend to becomes zero.
 template <class T>
-FUSEDRNN_HD T softmax(int64_t keys, T* row) {
+FUSEDRNN_HD void softmax(int64_t keys, T* row) {
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::kWidth;
   const T none = -__builtin_inf();
@@ -86,7 +86,6 @@ FUSEDRNN_HD T softmax(int64_t keys, T* row) {
   });
   const T sum = sum_lanes<T>(sums), factor = sum == 0 ? T{0} : 1 / sum;
   for_vectors<T>(keys, [&](int64_t j, auto n) { store(row + j, load(row + j, n) * factor, n); });
-  return shift + static_cast<T>(__builtin_log(static_cast<double>(sum)));
 }
 
 // Columns of a weighted sum that are taken at once.
@@ -156,8 +155,7 @@ void context(const AttendForward<S>& a, int64_t head, Slice queries, Slice colum
     const int64_t query = head * a.queries + i;
     T* row = to + (i - queries.begin) * stride;
     finish_scores(a, head, i, keys, from + (i - queries.begin) * stride, row);
-    const T lse = softmax(keys, row);
-    if (first && a.lse) a.lse[query] = lse;
+    softmax(keys, row);
     if (first && a.probabilities) {
       T* saved = a.probabilities + query * a.keys;
       for_vectors<T>(keys, [&](int64_t j, auto n) { store(saved + j, load(row + j, n), n); });

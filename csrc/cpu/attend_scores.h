@@ -7,8 +7,8 @@
 #include "../scores/additive.h"
 #include "../scores/dot.h"
 #include "attend.h"
+#include "bundle.h"
 #include "loop.h"
-#include "math.h"
 
 namespace fusedrnn {
 namespace {
@@ -154,25 +154,24 @@ FUSEDRNN_HD void score_tile(int64_t blocks, const T* q /*[R, blocks, parts, W]*/
     const T* key[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) key[c] = k + (j + (c < count ? c : 0)) * row;
-    V sum[R * C] = {};
+    Bundle<V, C> sum[R] = {};
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t at = block * P * W;
       const V weight = Score::kWeighted ? load(v + block * W) : V{};
-      V parts[C][P];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
+      Bundle<V, C> parts[P];
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) parts[c][p] = load(key[c] + at + p * W);
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) parts[p][c] = load(key[c] + at + p * W);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         V mine[P];
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) mine[p] = load(q + r * row + at + p * W);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r * C + c] = Score::add(mine, parts[c], weight, sum[r * C + c]);
+        sum[r] = Score::add(mine, parts, weight, sum[r]);
       }
     }
-    store_sums<T, R>(sum, count, out + j, out_stride);
+    store_sums<T, R>(sum[0].of, count, out + j, out_stride);
   }
 }
 

@@ -83,7 +83,7 @@ struct VectorMath {
   // -|x|, at least `low`.
   static FUSEDRNN_HD V negative(V x, V low) { return at_least(low, (V)((Bits)x | (Bits)splat(-0.0))); }
 
-  static FUSEDRNN_HD V reciprocal(V x) { return fusedrnn::reciprocal(x); }
+  static FUSEDRNN_HD V quotient(V x, V y) { return fusedrnn::quotient(x, y); }
 
   // For x <= 0.
   static FUSEDRNN_HD V exp(V x) {
@@ -96,7 +96,7 @@ struct VectorMath {
     const auto e = split_exp<T>(x);
     const V m = splat(1) + e.p;
     rounded = e.scale * m;
-    rest = (e.p - (m - splat(1))) * reciprocal(m);
+    rest = (e.p - (m - splat(1))) / m;
   }
 
   // exp(x) - 1, which from kSaturated on is as good as infinite to a tanh, and below -kSaturated is -1.

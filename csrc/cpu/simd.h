@@ -132,16 +132,16 @@ FUSEDRNN_HD VecF at_most(VecF high, VecF v) { return high < v ? high : v; }
 FUSEDRNN_HD VecD at_most(VecD high, VecD v) { return high < v ? high : v; }
 #endif
 
-// 1 / x for normal x whose reciprocal is normal, to about one unit in the last place.
-FUSEDRNN_HD VecF reciprocal(VecF x) {
+// x / y for normal y whose reciprocal is normal, to about one unit in the last place.
+FUSEDRNN_HD VecF quotient(VecF x, VecF y) {
 #if FUSEDRNN_VECTOR_BYTES == 64
-  const VecF r = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-  return r + r * (1.0f - x * r);
+  const VecF r = (VecF)_mm512_maskz_rcp14_ps(0xffff, (__m512)y), q = x * r;
+  return q + q * (1.0f - y * r);
 #else
-  return 1.0f / x;
+  return x / y;
 #endif
 }
-FUSEDRNN_HD VecD reciprocal(VecD x) { return 1.0 / x; }
+FUSEDRNN_HD VecD quotient(VecD x, VecD y) { return x / y; }
 
 // bf16 is loaded to and stored from float vectors, rounded to nearest even.
 typedef uint16_t VecH __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));

@@ -4,36 +4,43 @@
 // of k, whose product is that of the pair.
 #pragma once
 
+#include <type_traits>
+
 #include "score.h"
 
 namespace fusedrnn {
 namespace {
 
-// `Expm1` makes s.
-template <class Expm1>
+template <class V>
+struct Expm1 {
+  V s, s_plus_2;
+};
+
+// `Exponentials` makes s.
+template <class Exponentials>
 struct Additive {
-  static constexpr int kParts = Expm1::kParts;
+  static constexpr int kParts = Exponentials::kParts;
   static constexpr bool kWeighted = true;
 
   template <class V>
   static FUSEDRNN_HD void prepare(V x, V* parts) {
-    Expm1::prepare(x, parts);
+    Exponentials::prepare(x, parts);
   }
-  template <class V>
-  static FUSEDRNN_HD V tanh(const V* q, const V* k) {
-    const V s = Expm1::of_pair(q, k);
-    return s * Math<V>::reciprocal(s + Math<V>::splat(2));
+  template <class Q, class K>
+  static FUSEDRNN_HD auto tanh(const Q* q, const K* k) {
+    const auto pair = Exponentials::of_pair(q, k);
+    return Math<std::remove_cv_t<decltype(pair.s)>>::quotient(pair.s, pair.s_plus_2);
   }
-  template <class V>
-  static FUSEDRNN_HD V add(const V* q, const V* k, V v, V sum) {
-    return sum + v * tanh(q, k);
+  template <class Q, class K, class V, class Sum>
+  static FUSEDRNN_HD Sum add(const Q* q, const K* k, V v, const Sum& sum) {
+    return sum + tanh(q, k) * v;
   }
-  template <class V>
-  static FUSEDRNN_HD void gradients(const V* q, const V* k, V g, V& dq, V& dk, V& dv) {
-    const V t = tanh(q, k), slope = Math<V>::splat(1) - t * t;
-    dq += g * slope;
-    dk += g * slope;
-    dv += g * t;
+  template <class Q, class K, class G, class V>
+  static FUSEDRNN_HD void gradients(const Q* q, const K* k, const G& g, Q& dq, K& dk, V& dv) {
+    const auto t = tanh(q, k), gt = g * t, through = g - gt * t;
+    dq += through;
+    dk += through;
+    dv += gt;
   }
 };
 
@@ -44,9 +51,12 @@ struct PerPair {
   static FUSEDRNN_HD void prepare(V x, V* parts) {
     parts[0] = x + x;
   }
-  template <class V>
-  static FUSEDRNN_HD V of_pair(const V* q, const V* k) {
-    return Math<V>::expm1_saturated(q[0] + k[0]);
+  template <class Q, class K>
+  static FUSEDRNN_HD auto of_pair(const Q* q, const K* k) {
+    const auto sum = q[0] + k[0];
+    using V = std::remove_cv_t<decltype(sum)>;
+    const V s = Math<V>::expm1_saturated(sum);
+    return Expm1<V>{s, s + Math<V>::splat(2)};
   }
 };
 
@@ -59,9 +69,12 @@ struct PerElement {
   static FUSEDRNN_HD void prepare(V x, V* parts) {
     Math<V>::exp_with_rest(x + x, parts[0], parts[1]);
   }
-  template <class V>
-  static FUSEDRNN_HD V of_pair(const V* q, const V* k) {
-    return (q[0] * k[0] - Math<V>::splat(1)) + (q[1] + k[1]);
+  template <class Q, class K>
+  static FUSEDRNN_HD auto of_pair(const Q* q, const K* k) {
+    const auto s = q[0] * k[0] - Math<Q>::splat(1);
+    using V = std::remove_cv_t<decltype(s)>;
+    // To s + 2 the rests are a rounding at most, for which it is not to wait.
+    return Expm1<V>{s + (q[1] + k[1]), s + Math<Q>::splat(2)};
   }
 };
 

@@ -14,12 +14,12 @@ struct Dot {
   static FUSEDRNN_HD void prepare(V x, V* parts) {
     parts[0] = x;
   }
-  template <class V>
-  static FUSEDRNN_HD V add(const V* q, const V* k, V, V sum) {
+  template <class Q, class K, class V, class Sum>
+  static FUSEDRNN_HD Sum add(const Q* q, const K* k, V, const Sum& sum) {
     return sum + q[0] * k[0];
   }
-  template <class V>
-  static FUSEDRNN_HD void gradients(const V* q, const V* k, V g, V& dq, V& dk, V&) {
+  template <class Q, class K, class G, class V>
+  static FUSEDRNN_HD void gradients(const Q* q, const K* k, const G& g, Q& dq, K& dk, V&) {
     dq += g * k[0];
     dk += g * q[0];
   }

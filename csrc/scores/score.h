@@ -1,5 +1,6 @@
-// The shape of an attention score. A score is a struct of constants and three functions, templated on a
-// value type V (float, double or a SIMD vector); it knows no loop, no tile and no thread. A score is
+// The shape of an attention score. A score is a struct of constants and three functions, templated on value types
+// (float, double, a SIMD vector, or where many pairs meet at once a bundle of vectors on one side and a vector on the
+// other); it knows no loop, no tile and no thread. A score is
 //
 //   e_ij = scale * sum_h term(q_ih, k_jh, v_h)
 //

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-SHORTEST = 2e-3  # seconds of one sample, far above the clock's resolution and a call's jitter
+SHORTEST = 5e-3  # seconds of one sample: behind the other side a small call takes ten calls to be itself
+TRIES = 3  # calls that tell how many a sample takes
 FEWEST = 7  # rounds
 SLOW = 0.05  # seconds of a call
 FEWEST_SLOW, PATIENCE = 3, 2.0  # rounds that are enough once this many seconds are over
@@ -54,7 +55,7 @@ def interleave(
     repeats, warms = {}, {}
     for name, call in calls.items():
         call()
-        once = sample(call, 1)
+        once = min(sample(call, 1) for _ in range(TRIES))
         warms[name] = once <= SLOW
         repeats[name] = max(1, round(shortest / max(once, 1e-7) + 0.5))
     samples: dict[str, list[float]] = {name: [] for name in calls}

@@ -1,4 +1,4 @@
-"""The fused attention of `fusedrnn._C`: tensors to raw pointers. Shapes and formulas: csrc/cpu/attend.h.
+"""The fused attention of `fusedrnn._C` (csrc/attend.cpp). Shapes and formulas: csrc/cpu/attend.h.
 
 Every storage type is read and written as it is; scores, softmax and sums are fp32, of fp64 tensors fp64.
 """
@@ -10,12 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C, _pointer, _sums, no_kernel
+from . import _C, no_kernel
 from .kept import Kept
 
 _SCORES = {"additive": 0, "dot": 1}  # in csrc/cpu/attend.h
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # in csrc/attend.cpp
-_NO_ROWS = (0, 0, 0, 0)
 _keys: Kept[object] = Kept(lambda key: _C.attend_keys(not key.is_inference()))
 
 
@@ -28,7 +26,7 @@ def unsupported(score: str, dtype: torch.dtype, device_type: str) -> str | None:
 
 def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[int, ...]]:
     """The shapes of what `forward` returns as saved: in fp32, of fp64 tensors fp64."""
-    return [(batch, heads, queries), (batch, heads, queries, keys)]
+    return [(batch, heads, queries, keys)]
 
 
 def forward(
@@ -45,7 +43,7 @@ def forward(
     need_weights: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Context, weights and what the backward needs: the log-sum-exp and the weights before dropout.
+    """Context, weights and what the backward needs: the weights before dropout.
 
     Args:
         score: "additive", v . tanh(q + k), or "dot", scale * q . k.
@@ -56,28 +54,11 @@ def forward(
         lengths: None or int64 [B]: keys at and beyond it are masked.
         dropout, seed: the share of weights to drop, and which.
     """
-    dtype = query.dtype
-    batch, heads, queries, _ = query.shape
-    _, _, keys, values = value.shape
-    context = query.new_empty((batch, heads, queries, values))
-    weights = query.new_empty((batch, heads, queries, keys)) if need_weights else None
-    shapes = saved_shapes(batch, heads, queries, keys) if save else []
-    saved = [query.new_empty(shape, dtype=_sums(dtype)) for shape in shapes]
-    kind, masked = 0, _NO_ROWS
-    if mask is not None:
-        kind = 1 if mask.dtype is torch.bool else 2
-        strides = [0 if n == 1 else stride for n, stride in zip(mask.shape[:3], mask.stride())]
-        masked = (mask.data_ptr(), strides[0], strides[1], strides[2])
-    fields = (
-        *_shared(score, query, key, value, v, lengths, scale, dropout, seed),
-        kind,
-        *masked,
-        context.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        *([s.data_ptr() for s in saved] if save else (0, 0)),
-    )
-    _C.attend_forward(_STORAGE[dtype], torch.get_num_threads(), fields)
-    return context, weights, saved
+    context, weights, probabilities = _C.attend_forward(
+        torch.get_num_threads(), _SCORES[score], _scale(score, scale), dropout, seed, query, key, value, v,
+        lengths, mask, need_weights, save,
+    )  # fmt: skip
+    return context, weights, [] if probabilities is None else [probabilities]
 
 
 def backward(
@@ -101,22 +82,11 @@ def backward(
 
     Reads `saved` and leaves it as it is.
     """
-    probabilities = saved[1]
-    d_query = query.new_empty(query.shape) if needs[0] else None
-    d_key = key.new_empty(key.shape) if needs[1] else None
-    d_value = value.new_empty(value.shape) if needs[2] and grad_context is not None else None
-    d_v = v.new_empty(v.shape) if needs[3] and v is not None else None
-    d_scores = probabilities.new_empty(probabilities.shape)
-    dropped = probabilities.new_empty(probabilities.shape) if dropout > 0 else None
-    fields = (
-        *_shared(score, query, key, value, v, lengths, scale, dropout, seed),
-        probabilities.data_ptr(),
-        *(_NO_ROWS if grad_context is None else _rows(grad_context)),
-        *(_NO_ROWS if grad_weights is None else _rows(grad_weights)),
-        d_scores.data_ptr(),
-        *map(_pointer, (dropped, d_query, d_key, d_value, d_v)),
-    )
-    _C.attend_backward(_STORAGE[query.dtype], torch.get_num_threads(), fields)
+    d_query, d_key, d_value, d_v, d_scores = _C.attend_backward(
+        torch.get_num_threads(), _SCORES[score], _scale(score, scale), dropout, seed, query, key, value, v,
+        lengths, saved[0], grad_context, grad_weights, needs[0], needs[1],
+        needs[2] and grad_context is not None, needs[3] and v is not None,
+    )  # fmt: skip
     if needs[2] and grad_context is None:
         d_value = value.new_zeros(value.shape)
     d_mask = None
@@ -156,27 +126,5 @@ def step(
     )  # fmt: skip
 
 
-def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
-    batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), batch, head, row
-
-
-def _shared(
-    score: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: int,
-) -> tuple[float, ...]:
-    """The fields of csrc/cpu/attend.h's Attend."""
-    batch, heads, queries, width = query.shape
-    _, _, keys, values = value.shape
-    return (
-        _SCORES[score], batch, heads, queries, keys, width, values, *_rows(query), *_rows(key), *_rows(value),
-        0 if v is None else v.data_ptr(), 0 if lengths is None else lengths.data_ptr(),
-        scale if score == "dot" else 1.0, dropout, seed,
-    )  # fmt: skip
+def _scale(score: str, scale: float) -> float:
+    return scale if score == "dot" else 1.0

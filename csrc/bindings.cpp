@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/team.h"
 #include "packs.h"
 
 namespace py = pybind11;
@@ -57,6 +58,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
   m.def("isa_levels", &supported_levels);
   m.def("cpu_features", &cpu_features);
+  py::class_<Crowd>(m, "Crowd", "how large teams of threads may be beside other work (cpu/team.h), for tests")
+      .def(py::init<>())
+      .def("size", &Crowd::size)
+      .def("is_careful", &Crowd::is_careful)
+      .def("waited", &Crowd::waited)
+      .def("away", &Crowd::away);
   bind_layer(m);
   bind_linear(m);
   bind_stack(m);

@@ -1,12 +1,11 @@
 #include "attend.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "attend_run.h"
 #include "buffer.h"
+#include "team.h"
 
 namespace fusedrnn {
 namespace {
@@ -86,42 +85,37 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
       f.scores(a, tiles.head(i), tiles.slice(i), {0, a.keys}, scores, scores + tiles.most * row);
       f.context(a, tiles.head(i), tiles.slice(i), {0, a.values}, scores, scores);
     };
-    if (threads == 1) {
-      for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(0));
-      return;
-    }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < tiles.count; ++i) run(i, scratch.of(omp_get_thread_num()));
-    return;
+    return in_team(threads, [&](int me, int) {
+      T* const mine = scratch.of(me);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < tiles.count; ++i) run(i, mine);
+    });
   }
   // Too few queries for all threads: the keys are shared out, then the columns of the context, for which each
   // makes the softmax again.
   const int64_t parts = ceil_div(threads, tiles.count), items = tiles.count * parts;
   Scratch<T> scores(tiles.most * row, tiles.count), scratch(std::max(tiles.most * row, of_scores), threads);
-#pragma omp parallel num_threads(threads)
-  {
-    T* const mine = scratch.of(omp_get_thread_num());
+  in_team(threads, [&](int me, int) {
+    T* const mine = scratch.of(me);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < items; ++i) {
       const int64_t tile = i / parts;
       f.scores(a, tiles.head(tile), tiles.slice(tile), part_of(a.keys, 4, i % parts, parts), scores.of(tile), mine);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < items; ++i) {
       const int64_t tile = i / parts;
       const Slice columns = part_of(a.values, kPad, i % parts, parts);
       if (i % parts > 0 && columns.size() == 0) continue;
       f.context(a, tiles.head(tile), tiles.slice(tile), columns, scores.of(tile), mine);
     }
-  }
+  });
 }
 
 void run_projection(const Kernels& k, const Projection& p, int threads) {
   const int64_t work = p.rows * p.inputs * p.outputs;
   if (double(work) < kWorthARegion) threads = 1;
-  if (threads == 1) return k.attend.step.project(p, {0, p.outputs});  // OpenMP's way to find that out takes longer
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int i = 0; i < threads; ++i) k.attend.step.project(p, part_of(p.outputs, kPad, i, threads));
+  in_team(threads, [&](int me, int team) { k.attend.step.project(p, part_of(p.outputs, kPad, me, team)); });
 }
 
 template <class S>
@@ -139,20 +133,19 @@ void run_attend(const Kernels& k, AttendBackward<S> a, int threads) {
                            threads);
   Scratch<T> of_heads(a.width, a.d_v ? heads : 0);
   a.d_v_of_heads = of_heads.of(0);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    T* const mine = scratch.of(omp_get_thread_num());
+  in_team(threads, [&](int me, int) {
+    T* const mine = scratch.of(me);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tiles.count; ++i) f.score_gradients(a, tiles.head(i), tiles.slice(i), mine);
 #pragma omp for schedule(dynamic, neighbours) nowait
     for (int64_t i = 0; i < (columns ? heads * blocks : 0); ++i) {
       f.column_gradients(a, i / blocks, i % blocks * f.width, mine);
     }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < (a.d_value ? heads * groups : 0); ++i) {
       f.value_gradients(a, i / groups, part_of(a.values, 4 * f.width, i % groups, groups));
     }
-  }
+  });
   if (a.d_v) f.sum_heads(a);
 }
 

@@ -1,8 +1,7 @@
 #include "barrier.h"
 
-#include <sched.h>
-
 #include "scan.h"
+#include "team.h"
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -13,18 +12,8 @@
 namespace fusedrnn {
 namespace {
 
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// A few milliseconds, a turn of the scheduler: beside busy processes a member that sleeps comes back a turn
-// later, at every step. One that spins loses no more than its own share, and goes on whenever its mates run too.
-constexpr int kSpins = 300000;
-constexpr int kYields = 8;
+// Some microseconds, as most waits are.
+constexpr int kSpins = 1000;
 
 void sleep_until_round_ends(Barrier& b, unsigned round) {
 #if defined(__linux__)
@@ -32,20 +21,10 @@ void sleep_until_round_ends(Barrier& b, unsigned round) {
   // The kernel compares again: a round that ended meanwhile does not put anybody to sleep.
   syscall(SYS_futex, reinterpret_cast<unsigned*>(&b.round), FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
   b.sleeping.fetch_sub(1, std::memory_order_relaxed);
-#else
-  sched_yield();
 #endif
 }
 
 }  // namespace
-
-void wait_a_little(int times) {
-  if (times < kSpins / 16) {
-    for (int i = 0; i < 16; ++i) relax();
-  } else {
-    sched_yield();
-  }
-}
 
 void barrier_wait(Barrier* barrier) {
   Barrier& b = *barrier;
@@ -60,15 +39,17 @@ void barrier_wait(Barrier* barrier) {
 #endif
     return;
   }
+  const auto is_over = [&] { return b.round.load(std::memory_order_acquire) != round; };
   for (int i = 0; i < kSpins; ++i) {
-    if (b.round.load(std::memory_order_acquire) != round) return;
+    if (is_over()) return;
     relax();
   }
-  for (int i = 0; i < kYields; ++i) {
-    sched_yield();
-    if (b.round.load(std::memory_order_acquire) != round) return;
+  // A member that sleeps comes back a turn of the scheduler later, beside busy processes, and that at every step. One
+  // that spins loses no more than its own share, and goes on whenever its mates run too.
+  Wait wait;
+  while (!is_over()) {
+    if (!wait.once()) sleep_until_round_ends(b, round);
   }
-  while (b.round.load(std::memory_order_acquire) == round) sleep_until_round_ends(b, round);
 }
 
 }  // namespace fusedrnn

@@ -19,7 +19,4 @@ struct alignas(64) Barrier {
   }
 };
 
-// What a thread does that has found nothing to do for so many times in a row.
-void wait_a_little(int times);
-
 }  // namespace fusedrnn

@@ -1,6 +1,5 @@
 #include "dispatch.h"
 
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,6 +12,7 @@
 #include "../cells/rnn.h"
 #include "barrier.h"
 #include "buffer.h"
+#include "team.h"
 
 namespace fusedrnn {
 namespace {
@@ -114,22 +114,20 @@ void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_r
     return;
   }
   Barrier barriers[2];
-#pragma omp parallel num_threads(threads)
-  {
-    // OpenMP may give fewer threads than asked for.
-    const int got = omp_get_num_threads(), me = omp_get_thread_num();
-    const int size = got / count;
+  const auto expect = [&](int team) {
+    for (Barrier& each : barriers) each.reset(team / count);
+  };
+  expect(threads);
+  in_team(threads, [&](int me, int team) {
+    agree(threads, team, expect);
+    const int size = team / count;
     if (size <= 1) {
-      for (int d = me; d < count; d += got) run_alone(directions[d]);
-    } else {
-#pragma omp single
-      for (int d = 0; d < count; ++d) barriers[d].reset(size);
-      if (me < size * count) {
-        const D& mine = directions[me / size];
-        f(mine, part_of(mine.shape, split_for(size), tile_rows, {me % size, size, &barriers[me / size]}));
-      }
+      for (int d = me; d < count; d += team) run_alone(directions[d]);
+    } else if (me < size * count) {
+      const D& mine = directions[me / size];
+      f(mine, part_of(mine.shape, split_for(size), tile_rows, {me % size, size, &barriers[me / size]}));
     }
-  }
+  });
 }
 
 // Rows of `columns` values into rows of `stride` factors.
@@ -273,30 +271,32 @@ void run_wavefront(const Functions<S>& f, int cell, const ForwardDirection<S>* l
   const int64_t pieces = ceil_div(s.time, steps);
   Layers progress;
   std::atomic<int64_t> left{count * pieces};
-#pragma omp parallel num_threads(threads)
-  {
-    int idle = 0;
-    while (left.load(std::memory_order_acquire) > 0) {
-      bool found = false;
-      for (int i = count - 1; i >= 0 && !found; --i) {
-        auto& mine = progress.layers[i];
-        const auto ready = [&](int64_t piece) {
-          return piece < pieces && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
-        };
-        if (!ready(mine.done.load(std::memory_order_relaxed)) || mine.taken.exchange(true, std::memory_order_acquire)) continue;
-        const int64_t piece = mine.done.load(std::memory_order_relaxed);
-        if (ready(piece)) {  // nobody has made it meanwhile
-          f.forward[cell](layers[i], {0, s.batch, s.batch, 0, 1, nullptr, {0, 1, nullptr}, piece * steps, (piece + 1) * steps});
-          mine.done.store(piece + 1, std::memory_order_release);
-          left.fetch_sub(1, std::memory_order_release);
-          found = true;
-        }
-        mine.taken.store(false, std::memory_order_release);
+  const auto make_a_piece = [&] {
+    for (int i = count - 1; i >= 0; --i) {
+      auto& mine = progress.layers[i];
+      const auto ready = [&](int64_t piece) {
+        return piece < pieces && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
+      };
+      if (!ready(mine.done.load(std::memory_order_relaxed)) || mine.taken.exchange(true, std::memory_order_acquire)) continue;
+      const int64_t piece = mine.done.load(std::memory_order_relaxed);
+      const bool found = ready(piece);  // nobody has made it meanwhile
+      if (found) {
+        f.forward[cell](layers[i], {0, s.batch, s.batch, 0, 1, nullptr, {0, 1, nullptr}, piece * steps, (piece + 1) * steps});
+        mine.done.store(piece + 1, std::memory_order_release);
+        left.fetch_sub(1, std::memory_order_release);
       }
-      idle = found ? 0 : idle + 1;
-      if (idle > 0) wait_a_little(idle);
+      mine.taken.store(false, std::memory_order_release);
+      if (found) return true;
     }
-  }
+    return false;
+  };
+  in_team(threads, [&](int, int) {
+    while (left.load(std::memory_order_acquire) > 0) {
+      if (make_a_piece()) continue;
+      Wait wait;
+      while (left.load(std::memory_order_acquire) > 0 && !make_a_piece()) wait.once();
+    }
+  });
 }
 
 }  // namespace
@@ -349,12 +349,8 @@ namespace {
 template <class F>
 void share_blocks(int64_t blocks, int64_t bytes, int threads, F f) {
   constexpr int64_t kWorthARegion = 256 << 10;
-  if (bytes < kWorthARegion) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
-    f(blocks * me / team, blocks * (me + 1) / team);
-  }
+  in_team(bytes < kWorthARegion ? 1 : threads,
+          [&](int64_t me, int64_t team) { f(blocks * me / team, blocks * (me + 1) / team); });
 }
 
 }  // namespace
@@ -382,8 +378,7 @@ namespace {
 
 template <class Arguments>
 void run_team(void (*function)(const Arguments&, const Team&), const Arguments& a, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  function(a, {omp_get_thread_num(), omp_get_num_threads(), nullptr});
+  in_team(threads, [&](int me, int team) { function(a, {me, team, nullptr}); });
 }
 
 }  // namespace
@@ -398,11 +393,12 @@ uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int 
   if (pieces <= 1) return k.fingerprint(data, static_cast<size_t>(bytes));
   const auto* from = static_cast<const char*>(data);
   std::vector<uint64_t> of(static_cast<size_t>(pieces));
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < pieces; ++i) {
-    const int64_t begin = i * kPiece;
-    of[static_cast<size_t>(i)] = k.fingerprint(from + begin, static_cast<size_t>(std::min(kPiece, bytes - begin)));
-  }
+  in_team(threads, [&](int64_t me, int64_t team) {
+    for (int64_t i = pieces * me / team; i < pieces * (me + 1) / team; ++i) {
+      const int64_t begin = i * kPiece;
+      of[static_cast<size_t>(i)] = k.fingerprint(from + begin, static_cast<size_t>(std::min(kPiece, bytes - begin)));
+    }
+  });
   return k.fingerprint(of.data(), of.size() * sizeof(uint64_t));
 }
 

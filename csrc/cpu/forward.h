@@ -33,13 +33,14 @@ struct ForwardScan {
 
   // rows @ weight.T for `blocks` blocks of the weight's units.
   template <int kGates>
-  FUSEDRNN_HD void multiply(int64_t count, int64_t blocks, int64_t k, const F* rows /*[count, k], row_stride*/,
+  FUSEDRNN_HD void multiply(int64_t count, int64_t blocks, bool lone, int64_t k, const F* rows /*[count, k], row_stride*/,
                             int64_t row_stride, const F* weight, int64_t units, int64_t unit_block,
                             T* acc /*[count, blocks, kGates, W]*/) const {
     const int64_t factors = ceil_div(k, kPer);
     if (kPer > 1 || d.packed) {
       const int64_t block = factors * kGates * W;
-      tile_for<Direct<S>, kGates>(count, blocks)(factors, rows, row_stride, 1, weight + unit_block * block, block, acc);
+      tile_for<Direct<S>, kGates>(count, blocks, lone)(factors, rows, row_stride, 1, weight + unit_block * block, block,
+                                                       acc);
     } else if constexpr (kPer == 1) {
       unpacked_tile<T, kGates>(count, blocks, k, rows, row_stride, weight, units, unit_block, acc);
     }
@@ -65,7 +66,7 @@ struct ForwardScan {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
     const int64_t I = d.inputs;
     const F* input = reinterpret_cast<const F*>(d.input + row * I);
-    multiply<G>(rows, blocks, I, input, I / kPer, d.weight_ih, H, unit_block, acc);
+    multiply<G>(rows, blocks, false, I, input, I / kPer, d.weight_ih, H, unit_block, acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W;
       const int n = static_cast<int>(smaller(W, H - u));
@@ -111,7 +112,7 @@ struct ForwardScan {
                          F* h_new /*[B, stride]*/, F* raw /*[B, raw_stride]*/, int64_t ending,
                          int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
-    multiply<G>(rows, blocks, P, h + b0 * stride, stride, d.weight_hh, H, unit_block, acc);
+    multiply<G>(rows, blocks, s.batch == 1, P, h + b0 * stride, stride, d.weight_hh, H, unit_block, acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W;
       const int n = static_cast<int>(smaller(W, H - u));
@@ -175,7 +176,7 @@ struct ForwardScan {
                            int64_t ending, int64_t unit_block, int64_t blocks, int64_t b0,
                            int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
-    multiply<1>(rows, blocks, H, raw + b0 * raw_stride, raw_stride, d.weight_hr, P, unit_block, acc);
+    multiply<1>(rows, blocks, s.batch == 1, H, raw + b0 * raw_stride, raw_stride, d.weight_hr, P, unit_block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t b = b0 + r, u = (unit_block + j) * W;

@@ -1,16 +1,15 @@
 #include "step.h"
 
-#include <omp.h>
 #include <string.h>
 
 #include <algorithm>
-#include <chrono>
 
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "barrier.h"
 #include "scan.h"
+#include "team.h"
 
 namespace fusedrnn {
 namespace {
@@ -54,40 +53,16 @@ int64_t step_work(const StepPlan& p) {
 }
 
 void run_step(StepPlan& p, const StepRows& x, int threads) {
-  using Clock = std::chrono::steady_clock;
   p.backwards = !p.backwards;
-  if (threads > 1 && p.alone > 0) {
-    --p.alone;
-    threads = 1;
-  }
   const int64_t scratch = step_scratch(p);
   p.scratch.resize(std::max(p.scratch.size(), static_cast<size_t>(scratch * std::max(threads, 1))));
-  if (threads <= 1) {
-    run_layers(p, x, {0, 1, p.backwards, p.scratch.data()}, nullptr);
-  } else {
-    const auto begin = Clock::now();
-    Barrier barrier;
-    barrier.reset(threads);
-#pragma omp parallel num_threads(threads)
-    {
-      const int team = omp_get_num_threads();
-      // OpenMP may give fewer threads than asked for; a `single` waits for all of them.
-      if (team != threads) {
-#pragma omp single
-        barrier.reset(team);
-      }
-      const int me = omp_get_thread_num();
-      run_layers(p, x, {me, team, p.backwards, p.scratch.data() + me * scratch}, team > 1 ? &barrier : nullptr);
-    }
-    // Longer than one thread takes on a slow machine: another one has had no core, and a turn of the scheduler is a
-    // hundred steps. After the first few of them in a row a look every now and then is enough.
-    if (std::chrono::duration<double>(Clock::now() - begin).count() > 2e-4 + 1e-9 * step_work(p)) {
-      p.alone = p.next_alone;
-      p.next_alone = std::min(2 * p.next_alone, 4096);
-    } else {
-      p.next_alone = 64;
-    }
-  }
+  Barrier barrier;
+  const auto expect = [&](int team) { barrier.reset(team); };
+  expect(threads);
+  in_team(threads, [&](int me, int team) {
+    agree(threads, team, expect);
+    run_layers(p, x, {me, team, p.backwards, p.scratch.data() + me * scratch}, team > 1 ? &barrier : nullptr);
+  });
   const StepShape& s = p.shape;
   for (const StepLayer& layer : p.layers) {
     memcpy(layer.h, layer.h_new, sizeof(float) * s.batch * s.proj_stride);

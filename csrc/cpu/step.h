@@ -78,7 +78,6 @@ struct StepPlan {
   float* output;           // [B, P]
   bool backwards = false;
   std::vector<char> scratch{};
-  int alone = 0, next_alone = 64;  // steps to run on one thread: now, and after the next one that waited
 };
 
 // Multiply-adds of a step.

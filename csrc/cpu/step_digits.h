@@ -151,7 +151,7 @@ template <>
 struct StepFactor<Digits> : Digits {};
 
 template <class P, int G>
-FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, int64_t k, const Digits::Rows& rows, int64_t first,
+FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, bool, int64_t k, const Digits::Rows& rows, int64_t first,
                                const void* weight, int64_t unit_block, float* acc /*[count, blocks, G, W]*/) {
   const int64_t block = (k + 3) / 4 * G * 64;
   const uint8_t* from = static_cast<const uint8_t*>(weight) + unit_block * block;

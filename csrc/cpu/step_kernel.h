@@ -18,11 +18,11 @@ struct StepFactor {
 
 // rows @ weight.T for `blocks` blocks of the weight's units.
 template <class P, int G>
-FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, int64_t k, const StepRows& rows, int64_t first,
+FUSEDRNN_HD void step_multiply(int64_t count, int64_t blocks, bool lone, int64_t k, const StepRows& rows, int64_t first,
                                const void* weight, int64_t unit_block, float* acc /*[count, blocks, G, W]*/) {
   constexpr int W = Simd<float>::kWidth, K = P::kTogether;
   const int64_t block = (k + K - 1) / K * K * G * W;
-  tile_for<P, G>(count, blocks)(k, rows.data + first * rows.stride, rows.stride, rows.k_stride,
+  tile_for<P, G>(count, blocks, lone)(k, rows.data + first * rows.stride, rows.stride, rows.k_stride,
                                        static_cast<const typename P::Element*>(weight) + unit_block * block, block,
                                        acc);
 }
@@ -48,12 +48,13 @@ void step_units(const StepShape& s, const StepLayer& l, const StepRows& x, const
   const auto h_rows = StepFactor<P>::rows(h, s.batch, s.proj, part.scratch + StepFactor<P>::bytes(s.batch, l.inputs));
   float* const to = l.raw ? l.raw : l.h_new;
   const int64_t to_stride = l.raw ? s.hidden_stride : s.proj_stride;
+  const bool lone = s.batch == 1;
   for_step_tiles<G>(s.hidden, s.batch, part, [&](int64_t unit_block, int64_t blocks, int64_t first, int64_t rows) {
     alignas(64) float x_acc[8 * 4 * W], h_acc[8 * 4 * W];  // [rows, blocks, G, W]
     // Backwards too: of what the step before read, the last part is still in the cache.
-    if (!part.backwards) step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
-    step_multiply<P, G>(rows, blocks, s.proj, h_rows, first, l.weight_hh, unit_block, h_acc);
-    if (part.backwards) step_multiply<P, G>(rows, blocks, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
+    if (!part.backwards) step_multiply<P, G>(rows, blocks, lone, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
+    step_multiply<P, G>(rows, blocks, lone, s.proj, h_rows, first, l.weight_hh, unit_block, h_acc);
+    if (part.backwards) step_multiply<P, G>(rows, blocks, lone, l.inputs, x_rows, first, l.weight_ih, unit_block, x_acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W, at = u * G;
       for (int64_t r = 0; r < rows; ++r) {
@@ -85,7 +86,7 @@ void step_project(const StepShape& s, const StepLayer& l, const StepPart& part) 
   const auto raw = StepFactor<P>::rows({l.raw, s.hidden_stride, 1}, s.batch, s.hidden, part.scratch);
   for_step_tiles<1>(s.proj, s.batch, part, [&](int64_t unit_block, int64_t blocks, int64_t first, int64_t rows) {
     alignas(64) float acc[8 * 4 * W];  // [rows, blocks, W]
-    step_multiply<P, 1>(rows, blocks, s.hidden, raw, first, l.weight_hr, unit_block, acc);
+    step_multiply<P, 1>(rows, blocks, s.batch == 1, s.hidden, raw, first, l.weight_hr, unit_block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t u = (unit_block + j) * W;

@@ -15,17 +15,15 @@ constexpr int max_rows(int columns) {
   return kRegisters == 32 ? (columns == 4 ? 6 : 8) : (columns == 4 ? 3 : 4);
 }
 
-// rows[r][k] is at rows[r * stride + k * k_stride]; P says what they are (storage.h).
-template <class P, int R, int NB, int G>
+// rows[r][k] is at rows[r * stride + k * k_stride]; P says what they are (storage.h). Of K, every U-th goes to one of U
+// copies of the accumulators.
+template <class P, int R, int NB, int G, int U = 1>
 void tile(int64_t k_end, const typename P::Row* __restrict__ rows /*[R, k_end]*/, int64_t stride, int64_t k_stride,
           const typename P::Element* __restrict__ weight /*[NB][k_end, G, W], block*/, int64_t block,
           typename P::Acc* __restrict__ out /*[R, NB, G, W]*/) {
   using T = typename P::Acc;
   using V = typename Simd<T>::V;
   constexpr int W = Simd<T>::kWidth, N = NB * G, K = P::kTogether;
-  // Few accumulators cannot hide the latency of a multiply-add: split K among copies of them.
-  constexpr int U = R * N >= 8 ? 1 : (R * N >= 4 ? 2 : 4);
-
   int64_t k = 0;
   do {
     const int64_t stop = k + kLongestSum < k_end ? k + kLongestSum : k_end;
@@ -114,18 +112,23 @@ constexpr int kBlocks = G == 1 ? 4 : 1;
 template <int G>
 constexpr int kLoneBlocks = G == 1 ? 4 : 2;
 
-// tile<P, r, blocks, G>; blocks is 1 or, with G > 1 for one row alone, kLoneBlocks.
+// Few accumulators cannot hide the latency of a multiply-add: those of a lone row have a copy. All tiles of a call have
+// as many, whatever their size, as what a thread's share leaves over must not change the order of a sum.
+constexpr int kLoneCopies = 2;
+
+// A tile of r rows and so many blocks; `lone` where the call has one row at a time.
 template <class P, int G>
-FUSEDRNN_HD Tile<P> tile_for(int64_t r, int64_t blocks) {
+FUSEDRNN_HD Tile<P> tile_for(int64_t r, int64_t blocks, bool lone = false) {
   if constexpr (G == 1) {
     switch (blocks) {
-      case 1: return tile_of<P, 1, 1>(r);
-      case 2: return tile_of<P, 2, 1>(r);
-      case 3: return tile_of<P, 3, 1>(r);
-      default: return tile_of<P, 4, 1>(r);
+      case 1: return lone ? tile<P, 1, 1, 1, kLoneCopies> : tile_of<P, 1, 1>(r);
+      case 2: return lone ? tile<P, 1, 2, 1, kLoneCopies> : tile_of<P, 2, 1>(r);
+      case 3: return lone ? tile<P, 1, 3, 1, kLoneCopies> : tile_of<P, 3, 1>(r);
+      default: return lone ? tile<P, 1, 4, 1, kLoneCopies> : tile_of<P, 4, 1>(r);
     }
   } else {
-    return blocks == 1 ? tile_of<P, 1, G>(r) : tile<P, 1, kLoneBlocks<G>, G>;
+    if (!lone) return tile_of<P, 1, G>(r);
+    return blocks == 1 ? tile<P, 1, 1, G, kLoneCopies> : tile<P, 1, kLoneBlocks<G>, G, kLoneCopies>;
   }
 }
 

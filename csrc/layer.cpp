@@ -1,24 +1,48 @@
-// One layer of torch's tensors, forward and backward, each a plain CPython function. They trust their arguments.
+// Layers of torch's tensors, forward and backward, each a plain CPython function. They trust their arguments.
 #include "layer.h"
-
-#include <array>
 
 using namespace fusedrnn;
 
 namespace {
 
-Layer read_layer(PyObject* cell, PyObject* threads, PyObject* directions, const dlpack::Tensor& input,
-                 PyObject* batch_sizes, PyObject* weights, const dlpack::Tensor& state, PyObject* resets,
-                 const Tensors& tensors) {
-  Layer l{};
+// Layers that follow each other, all of one kind; of several, each has one direction and a dense input.
+struct Layers {
+  Layer first;      // with the weights of the first one, and what is common to all
+  Items weights;    // of all layers and directions
+  Py_ssize_t each;  // of a direction
+  int layers;
+
+  // The k-th one, on an input.
+  Layer layer(int k, const void* input, const Tensors& tensors) const {
+    if (k == 0) return first;
+    Layer l = first;
+    l.inputs = l.shape.proj;
+    l.input = input;
+    l.weights[0] = weights_of(weights.items + k * each, each, tensors);
+    return l;
+  }
+  // Values of a state, of one layer and of all.
+  int64_t columns(int i) const { return i == 0 ? first.shape.proj : first.shape.hidden; }
+  int64_t state_size(int i) const { return first.directions * first.shape.batch * columns(i); }
+  int64_t runs() const { return layers * first.directions; }
+};
+
+Layers read_layers(PyObject* cell, PyObject* threads, PyObject* directions, PyObject* layers, const dlpack::Tensor& input,
+                   PyObject* batch_sizes, PyObject* weights, const dlpack::Tensor& state, PyObject* resets,
+                   const Tensors& tensors) {
+  Layers k{};
+  Layer& l = k.first;
   l.cell = cell_of(cell);
   l.threads = integer(threads);
   l.directions = integer(directions);
+  k.layers = integer(layers);
   if (l.directions != 1 && l.directions != 2) throw std::invalid_argument("directions: expected 1 or 2");
-  const Items all = items_of(weights);
-  const Py_ssize_t each = all.count / l.directions;
-  if (each < 2 || each > 5) throw std::invalid_argument("weights: expected 2 to 5 per direction");
-  for (int i = 0; i < l.directions; ++i) l.weights[i] = weights_of(all.items + i * each, each, tensors);
+  const bool plain = l.directions == 1 && batch_sizes == Py_None && resets == Py_None;
+  if (k.layers < 1 || (k.layers > 1 && !plain)) throw std::invalid_argument("layers: expected 1, or dense ones of one direction");
+  k.weights = items_of(weights);
+  k.each = k.weights.count / k.runs();
+  if (k.each < 2 || k.each > 5) throw std::invalid_argument("weights: expected 2 to 5 per direction");
+  for (int i = 0; i < l.directions; ++i) l.weights[i] = weights_of(k.weights.items + i * k.each, k.each, tensors);
   l.inputs = input.shape[input.ndim - 1];
   l.input = input.data;
   Shape& s = l.shape;
@@ -35,7 +59,7 @@ Layer read_layer(PyObject* cell, PyObject* threads, PyObject* directions, const 
     s.rows = input.shape[0];
   }
   if (resets != Py_None) l.resets = static_cast<const bool*>(tensors.view(resets).data);
-  return l;
+  return k;
 }
 
 py::list list_of(const std::vector<py::object>& objects) {
@@ -50,52 +74,73 @@ py::object output_like(PyObject* input, const dlpack::Tensor& x, int64_t columns
 }
 
 template <class S>
-py::object forward_of(const Layer& l, bool save, PyObject* input, const dlpack::Tensor& x, const Items& states,
+py::object forward_of(const Layers& k, bool save, PyObject* input, const dlpack::Tensor& x, const Items& states,
                       const Tensors& tensors) {
   using T = Acc<S>;
   constexpr bool kWidens = Storage<S>::kPerFactor > 1;
-  const Shape& s = l.shape;
+  const Layer& first = k.first;
+  const Shape& s = first.shape;
+  const int64_t width = first.directions * s.proj;
   Held held;
-  void *output, *gates = nullptr, *extra = nullptr, *raw = nullptr;
-  const auto made = output_like(input, x, l.directions * s.proj, output, tensors);
   T* state[2] = {};
   void* last_at[2] = {};
-  std::vector<py::object> last, saved;
-  const auto length = [&](int i) { return l.directions * s.batch * (i == 0 ? s.proj : s.hidden); };
-  for (int i = 0; i < kStates[l.cell]; ++i) {
-    last.push_back(tensors.make(input, {l.directions, s.batch, i == 0 ? s.proj : s.hidden}, last_at[i]));
-    state[i] = kWidens ? held.take<T>(length(i)) : static_cast<T*>(last_at[i]);
-    convert(static_cast<const S*>(tensors.view(states.items[i]).data), state[i], length(i));
+  std::vector<py::object> outputs, last, saved;
+  for (int i = 0; i < kStates[first.cell]; ++i) {
+    const int64_t length = k.layers * k.state_size(i);
+    last.push_back(tensors.make(input, {k.runs(), s.batch, k.columns(i)}, last_at[i]));
+    state[i] = kWidens ? held.take<T>(length) : static_cast<T*>(last_at[i]);
+    convert(static_cast<const S*>(tensors.view(states.items[i]).data), state[i], length);
   }
-  if (save) {
-    const auto keep = [&](int64_t columns, void*& data) {
-      saved.push_back(tensors.make(input, {l.directions, s.rows, columns}, data, kWidens));
-    };
-    if (kSavesGates[l.cell]) keep(l.gates() * s.hidden, gates);
-    if (kExtras[l.cell]) keep(s.hidden, extra);
-    if (l.weights[0].hr.object) keep(s.hidden, raw);
+  // What a layer's input is filled up with has to be there before it begins.
+  const bool at_once = k.layers > 1 && width % Storage<S>::kPerFactor == 0;
+  std::vector<ForwardDirection<S>> all(at_once ? k.layers : 0);
+  const void* from = first.input;
+  for (int i = 0; i < k.layers; ++i) {
+    const Layer l = k.layer(i, from, tensors);
+    void *output, *gates = nullptr, *extra = nullptr, *raw = nullptr;
+    outputs.push_back(output_like(input, x, width, output, tensors));
+    if (save) {
+      const auto keep = [&](int64_t columns, void*& data) {
+        saved.push_back(tensors.make(input, {l.directions, s.rows, columns}, data, kWidens));
+      };
+      if (kSavesGates[l.cell]) keep(l.gates() * s.hidden, gates);
+      if (kExtras[l.cell]) keep(s.hidden, extra);
+      if (l.weights[0].hr.object) keep(s.hidden, raw);
+    }
+    T* const start[2] = {state[0] + i * k.state_size(0), state[1] ? state[1] + i * k.state_size(1) : nullptr};
+    const auto values = [](void* data) { return static_cast<T*>(data); };
+    auto* const to = static_cast<S*>(output);
+    if (at_once) {
+      describe<S>(l, to, start, values(gates), values(extra), values(raw), &all[i], held);
+    } else if (s.rows > 0) {
+      forward<S>(l, to, start, values(gates), values(extra), values(raw), held);
+    }
+    from = output;
   }
-  if (s.rows > 0) {
-    forward<S>(l, static_cast<S*>(output), state, static_cast<T*>(gates), static_cast<T*>(extra), static_cast<T*>(raw),
-               held);
+  if (at_once && s.rows > 0) {
+    const Kernels& table = kernels();
+    run_beside(k.layers * first.work(), [&] { run_stack<S>(table, first.cell, all.data(), k.layers, first.threads); });
   }
   if (kWidens) {
-    for (int i = 0; i < kStates[l.cell]; ++i) convert(state[i], static_cast<S*>(last_at[i]), length(i));
+    for (int i = 0; i < kStates[first.cell]; ++i) convert(state[i], static_cast<S*>(last_at[i]), k.layers * k.state_size(i));
   }
-  return py::make_tuple(made, list_of(last), list_of(saved));
+  return py::make_tuple(list_of(outputs), list_of(last), list_of(saved));
 }
 
-// layer_forward(cell, threads, directions, save, input, batch_sizes, weights, states, resets) -> (output, last states,
-// saved): docs/architecture.md, "The layer". Everything is contiguous, and of fp32, fp64 or bf16.
+// layer_forward(cell, threads, directions, layers, save, input, batch_sizes, weights, states, resets) -> (the output of
+// each layer, last states, what each has saved): docs/architecture.md, "The layer". Everything is contiguous, and of
+// fp32, fp64 or bf16. Weights and states are those of all layers, whose number is 1 unless they are dense and of one
+// direction, without resets.
 py::object layer_forward(PyObject* const* args) {
   const Tensors& tensors = Tensors::found();
-  PyObject* const input = args[4];
+  PyObject* const input = args[5];
   const auto x = tensors.view(input);
-  const Items states = items_of(args[7]);
-  const Layer l = read_layer(args[0], args[1], args[2], x, args[5], args[6], tensors.view(states.items[0]), args[8], tensors);
+  const Items states = items_of(args[8]);
+  const Layers k = read_layers(args[0], args[1], args[2], args[3], x, args[6], args[7], tensors.view(states.items[0]),
+                               args[9], tensors);
   py::object result;
   for_storage(storage_of(x), [&](auto s) {
-    result = forward_of<decltype(s)>(l, integer(args[3]) != 0, input, x, states, tensors);
+    result = forward_of<decltype(s)>(k, integer(args[4]) != 0, input, x, states, tensors);
   });
   return result;
 }
@@ -103,28 +148,28 @@ py::object layer_forward(PyObject* const* args) {
 // ---- its gradient -------------------------------------------------------------------------------------------------
 
 struct Gradients {
-  PyObject *input, *states, *output, *saved, *grad_output, *grad_last, *needs;
+  PyObject *input, *states, *outputs, *saved, *grad_output, *grad_last, *needs;
 };
 
 template <class S>
-py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor& x, PyObject* weights,
-                       const Tensors& tensors) {
+py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor& x, const Tensors& tensors) {
   using T = Acc<S>;
   constexpr bool kWidens = Storage<S>::kPerFactor > 1;
-  const Shape& s = l.shape;
+  const Layer& first = k.first;
+  const Shape& s = first.shape;
   const Items states = items_of(g.states), last = items_of(g.grad_last), needs = items_of(g.needs);
-  const Items needs_weights = items_of(needs.items[1]), all = items_of(weights), saved = items_of(g.saved);
+  const Items needs_weights = items_of(needs.items[1]), saved = items_of(g.saved), outputs = items_of(g.outputs);
   const bool zeros = s.rows == 0;
   Held held;
 
   T* d_state[2] = {};
   std::vector<py::object> d_inputs, d_weights, d_states;
   const Items needs_states = items_of(needs.items[2]);
-  for (int i = 0; i < kStates[l.cell]; ++i) {
-    const int64_t columns = i == 0 ? s.proj : s.hidden, n = l.directions * s.batch * columns;
+  for (int i = 0; i < kStates[first.cell]; ++i) {
+    const int64_t n = k.layers * k.state_size(i);
     if (needs_states.items[i] == Py_True) {
       void* data;
-      d_states.push_back(tensors.make(g.input, {l.directions, s.batch, columns}, data, kWidens));
+      d_states.push_back(tensors.make(g.input, {k.runs(), s.batch, k.columns(i)}, data, kWidens));
       d_state[i] = static_cast<T*>(data);
     } else {
       d_states.push_back(py::none());
@@ -138,7 +183,7 @@ py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor&
   }
   void* d_input[2] = {};
   if (needs.items[0] == Py_True) {
-    for (int i = 0; i < l.directions; ++i) {
+    for (int i = 0; i < first.directions; ++i) {
       if (x.ndim == 2) {
         d_inputs.push_back(tensors.make(g.input, {x.shape[0], x.shape[1]}, d_input[i], false, zeros));
       } else {
@@ -146,45 +191,52 @@ py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor&
       }
     }
   }
-  std::array<void*, 10> d_weight{};
-  for (Py_ssize_t i = 0; i < all.count; ++i) {
+  std::vector<void*> d_weight(static_cast<size_t>(k.weights.count));
+  for (Py_ssize_t i = 0; i < k.weights.count; ++i) {
     if (needs_weights.items[i] != Py_True) {
       d_weights.push_back(py::none());
       continue;
     }
-    const auto t = tensors.view(all.items[i]);
+    const auto t = tensors.view(k.weights.items[i]);
     if (t.ndim == 1) {
       d_weights.push_back(tensors.make(g.input, {t.shape[0]}, d_weight[i], kWidens, zeros));
     } else {
       d_weights.push_back(tensors.make(g.input, {t.shape[0], t.shape[1]}, d_weight[i], kWidens, zeros));
     }
   }
-  if (!zeros) {
-    const auto values = [&](Py_ssize_t i) { return static_cast<const T*>(tensors.view(saved.items[i]).data); };
+  const auto* d_output = g.grad_output == Py_None ? nullptr : static_cast<const S*>(tensors.view(g.grad_output).data);
+  const auto* initial0 = static_cast<const S*>(tensors.view(states.items[0]).data);
+  const T* initial1 = kStates[first.cell] < 2
+                          ? nullptr
+                          : held.widened<S>(tensors.view(states.items[1]).data, k.layers * k.state_size(1));
+  const Py_ssize_t saves = saved.count / k.layers;
+  // Gradients of what goes from layer to layer: where one has read what another writes next, as in the forward.
+  S* between[2] = {};
+  for (int i = 0; i < 2 && i + 1 < k.layers; ++i) between[i] = held.take<S>(s.rows * s.proj);
+  std::vector<BackwardDirection<S>> all;  // from the last layer on
+  for (int layer = zeros ? -1 : k.layers - 1; layer >= 0; --layer) {
+    const void* const from = layer == 0 ? nullptr : tensors.view(outputs.items[layer - 1]).data;
+    const Layer l = k.layer(layer, from, tensors);
+    const auto values = [&](Py_ssize_t i) { return static_cast<const T*>(tensors.view(saved.items[layer * saves + i]).data); };
     Py_ssize_t next = 0;
     const T* gates = kSavesGates[l.cell] ? values(next++) : nullptr;
     const T* extra = kExtras[l.cell] ? values(next++) : nullptr;
     const T* raw = l.weights[0].hr.object ? values(next++) : nullptr;
-    const auto* output = static_cast<const S*>(tensors.view(g.output).data);
-    const auto* d_output = g.grad_output == Py_None ? nullptr : static_cast<const S*>(tensors.view(g.grad_output).data);
-    const auto* initial0 = static_cast<const S*>(tensors.view(states.items[0]).data);
-    const T* initial1 = kStates[l.cell] < 2 ? nullptr
-                                            : held.widened<S>(tensors.view(states.items[1]).data,
-                                                              l.directions * s.batch * s.hidden);
-    BackwardDirection<S> directions[2] = {};
-    const Py_ssize_t each = all.count / l.directions;
+    const auto* output = static_cast<const S*>(tensors.view(outputs.items[layer]).data);
     for (int i = 0; i < l.directions; ++i) {
       const Weights& w = l.weights[i];
-      BackwardDirection<S>& d = directions[i];
+      BackwardDirection<S> d{};
+      const int64_t run = (layer * l.directions + i) * s.batch;
       d.shape = s;
       d.reverse = i == 1;
       d.input = static_cast<const S*>(l.input);
       d.inputs = l.inputs;
+      d.d_input = layer == 0 ? static_cast<S*>(d_input[i]) : between[(layer - 1) % 2];
       // The forward of a single step reads no packs, so that nothing is known of the weights it saw.
       const auto columns = [&](const Weight& weight) {
         return pack<S>(weight, Packing::kColumns, 1, l.threads, s.time > 1 || kWidens, held);
       };
-      if (d_input[i]) d.weight_ih = columns(w.ih);
+      if (d.d_input) d.weight_ih = columns(w.ih);
       d.weight_hh = columns(w.hh);
       d.weight_hr = columns(w.hr);
       if (gates) d.gates = gates + i * s.rows * l.gates() * s.hidden;
@@ -192,42 +244,48 @@ py::object backward_of(const Layer& l, const Gradients& g, const dlpack::Tensor&
       if (raw) d.raw = raw + i * s.rows * s.hidden;
       d.output = output + i * s.proj;
       d.output_stride = d.d_output_stride = l.directions * s.proj;
-      d.initial0 = initial0 + i * s.batch * s.proj;
-      if (initial1) d.initial1 = initial1 + i * s.batch * s.hidden;
+      d.initial0 = initial0 + run * s.proj;
+      if (initial1) d.initial1 = initial1 + run * s.hidden;
       if (d_output) d.d_output = d_output + i * s.proj;
-      d.d_state0 = d_state[0] + i * s.batch * s.proj;
-      if (d_state[1]) d.d_state1 = d_state[1] + i * s.batch * s.hidden;
-      d.d_input = static_cast<S*>(d_input[i]);
-      void* const* of = d_weight.data() + i * each;
+      d.d_state0 = d_state[0] + run * s.proj;
+      if (d_state[1]) d.d_state1 = d_state[1] + run * s.hidden;
+      void* const* of = d_weight.data() + (layer * l.directions + i) * k.each;
       d.d_weight_ih = static_cast<T*>(of[0]);
       d.d_weight_hh = static_cast<T*>(of[1]);
-      if (each >= 4) d.d_bias_ih = static_cast<T*>(of[2]), d.d_bias_hh = static_cast<T*>(of[3]);
-      if (each % 2 == 1) d.d_weight_hr = static_cast<T*>(of[each - 1]);
+      if (k.each >= 4) d.d_bias_ih = static_cast<T*>(of[2]), d.d_bias_hh = static_cast<T*>(of[3]);
+      if (k.each % 2 == 1) d.d_weight_hr = static_cast<T*>(of[k.each - 1]);
       if (l.resets) d.resets = l.resets + i * s.rows;
+      all.push_back(d);
     }
-    const Kernels& k = kernels();
-    run_beside(2 * l.work(), [&] { run_backward<S>(k, l.cell, directions, l.directions, l.threads); });
+    d_output = between[(layer + 1) % 2];
+  }
+  if (!zeros) {
+    const Kernels& table = kernels();
+    run_beside(2 * k.layers * first.work(), [&] {
+      if (k.layers > 1) return run_stack<S>(table, first.cell, all.data(), k.layers, first.threads);
+      run_backward<S>(table, first.cell, all.data(), first.directions, first.threads);
+    });
   }
   return py::make_tuple(list_of(d_inputs), list_of(d_weights), list_of(d_states));
 }
 
-// layer_backward(cell, threads, directions, input, batch_sizes, weights, states, output, saved, grad_output, grad_last,
-// needs, resets) -> gradients of the input, one per direction, if it is needed, of the weights, and of the states; of
-// bf16 the latter two are fp32. Everything is contiguous.
+// layer_backward(cell, threads, directions, layers, input, batch_sizes, weights, states, outputs, saved, grad_output,
+// grad_last, needs, resets) -> gradients of the input, one per direction, if it is needed, of the weights, and of the
+// states; of bf16 the latter two are fp32. Everything is contiguous, and as in layer_forward.
 py::object layer_backward(PyObject* const* args) {
   const Tensors& tensors = Tensors::found();
-  const Gradients g{args[3], args[6], args[7], args[8], args[9], args[10], args[11]};
+  const Gradients g{args[4], args[7], args[8], args[9], args[10], args[11], args[12]};
   const auto x = tensors.view(g.input);
-  const Layer l = read_layer(args[0], args[1], args[2], x, args[4], args[5], tensors.view(items_of(g.states).items[0]),
-                             args[12], tensors);
+  const Layers k = read_layers(args[0], args[1], args[2], args[3], x, args[5], args[6],
+                               tensors.view(items_of(g.states).items[0]), args[13], tensors);
   py::object result;
-  for_storage(storage_of(x), [&](auto s) { result = backward_of<decltype(s)>(l, g, x, args[5], tensors); });
+  for_storage(storage_of(x), [&](auto s) { result = backward_of<decltype(s)>(k, g, x, tensors); });
   return result;
 }
 
 PyMethodDef methods[] = {
-    fast_method<layer_forward, 9>("layer_forward", "one layer -> (output, last states, saved)"),
-    fast_method<layer_backward, 13>("layer_backward", "-> gradients of input (by direction), weights, states"),
+    fast_method<layer_forward, 10>("layer_forward", "layers -> (outputs, last states, saved)"),
+    fast_method<layer_backward, 14>("layer_backward", "-> gradients of input (by direction), weights, states"),
 };
 
 }  // namespace

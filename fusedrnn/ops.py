@@ -6,7 +6,7 @@ subclasses take the operator; torch.func transforms a Function made for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import saving
 from .backends.reference import attend as reference_attend
 from .backends.reference import layer as reference
-from .operators import Grads, any_grad
+from .operators import Grads, any_grad, first_order
 from .operators import attend as attend_operator
 from .operators import layer as layer_operator
 
@@ -310,6 +310,82 @@ def layer(
     """
     call = _Layer(cell, len(weights), len(states), directions, backend)
     output, *last = _run(call, input, *weights, *states, batch_sizes, resets)
+    return output, last
+
+
+# ---- layers at once ----------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Layers:
+    """Dense layers of one direction on the CPU, of [input, *weights, *states]; for eager calls alone."""
+
+    cell: str
+    n_weights: int
+    layers: int
+    run_one_by_one: Callable[..., tuple[Tensor, Sequence[Tensor]]]
+    constants: int = 0
+
+    def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        input, weights, states = layer_operator.split(tensors, self.n_weights)
+        (*between, output), last, saved = layer_operator.launch_layers(
+            input, weights, states, self.cell, self.layers, save and saving.saving()
+        )
+        return (output, *last), [*between, *saved]
+
+    def backward(
+        self,
+        grads: Sequence[Optional],
+        tensors: Sequence[Any],
+        output: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+        differentiable: bool = False,
+    ) -> Grads:
+        if differentiable:
+            return self._differentiable(grads, tensors, needs)
+        input, weights, states = layer_operator.split(tensors, self.n_weights)
+        n = self.layers - 1
+        return layer_operator.launch_layers_backward(
+            grads[0], grads[1:], input, weights, states, [*saved[:n], output], saved[n:], self.cell,
+            self.layers, needs,
+        )  # fmt: skip
+
+    def _differentiable(
+        self, grads: Sequence[Optional], tensors: Sequence[Any], needs: Sequence[bool]
+    ) -> Grads:
+        """By the layers one after the other, whose operators know their second order."""
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            input, weights, states = layer_operator.split(tensors, self.n_weights)
+            output, last = self.run_one_by_one(input, weights, states)
+            return (output, *last)
+
+        return first_order(run, grads, tensors, needs)
+
+
+def layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cell: str,
+    num_layers: int,
+    run_one_by_one: Callable[..., tuple[Tensor, Sequence[Tensor]]],
+) -> tuple[Tensor, list[Tensor]]:
+    """Run dense layers of one direction in one call of the CPU's kernels that records a derivative.
+
+    Nobody but autograd looks on, and the tensors are plain, sound and no fp16.
+
+    Args:
+        weights, states: of all layers; ``states`` each ``[L, B, ...]``.
+        run_one_by_one: the same of (input, weights, states) by :func:`layer`, for derivatives of higher
+            order.
+
+    Returns:
+        As :func:`layer`, of the last layer and of all.
+    """
+    call = _Layers(cell, len(weights), num_layers, run_one_by_one)
+    output, *last = _Fast.apply(call, input, *weights, *states)
     return output, last
 
 

@@ -89,9 +89,16 @@ def layers(
         return getattr(_VF, cell)(input, batch_sizes, hx, params, *rest)  # type: ignore[no-any-return]
     if batch_first:
         input = input.transpose(0, 1)
-    output, last = stack.layers(
-        input, batch_sizes, params, states, cell, directions, num_layers, dropout, "native", None
-    )
+
+    def one_by_one(input: Tensor, params: Sequence[Tensor], states: Sequence[Tensor]) -> Any:
+        return stack.layers(
+            input, batch_sizes, params, states, cell, directions, num_layers, dropout, "native", None
+        )
+
+    if num_layers > 1 and not draws and not bidirectional and batch_sizes is None:
+        output, last = ops.layers(input, params, states, cell, num_layers, one_by_one)
+    else:
+        output, last = one_by_one(input, params, states)
     return (output.transpose(0, 1) if batch_first else output, *last)
 
 

@@ -247,3 +247,126 @@ def test_stacks_of_many_threads_at_once():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+# ---- a stack that records a derivative -----------------------------------------------------------
+
+
+@pytest.fixture
+def stacks(monkeypatch):
+    """How many layers each backward of several layers had."""
+    seen: list[int] = []
+    run = layer.backward_layers
+
+    def spy(*args):
+        seen.append(args[4])
+        return run(*args)
+
+    monkeypatch.setattr(layer, "backward_layers", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("hidden", "options"),
+    [
+        (1, {"num_layers": 2}),
+        (17, {"num_layers": 3}),
+        (96, {"num_layers": 4, "batch_first": True}),
+        (64, {"num_layers": 2, "bias": False}),
+    ],
+)
+def test_training_parity_of_stacks(name, dtype, hidden, options, level, stacks):
+    module = make(name, dtype, hidden=hidden, **options)
+    for time, batch in ((1, 2), (40, 1), (13, 7)):
+        assert_parity(module, inputs=draw_inputs(module, time=time, batch=batch))
+    assert set(stacks) == {options["num_layers"]}
+
+
+@pytest.mark.parametrize("proj", [4, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64", "bf16"])
+def test_training_parity_of_projected_stacks(proj, dtype, stacks):
+    module = make("LSTM", dtype, hidden=20, num_layers=3, proj_size=proj)
+    assert_parity(module, inputs=draw_inputs(module, time=9, batch=3))
+    assert set(stacks) == {3}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_gradients_of_a_stack(name, stacks):
+    ours, theirs = make(name, num_layers=3), getattr(nn, name)(5, 17, 3)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(6, 2, 5)
+    h = torch.randn(3, 2, 17, requires_grad=True)
+    hx = (h, torch.randn(3, 2, 17)) if name == "LSTM" else h
+    for wanted in (["weight_hh_l0"], ["bias_ih_l2"], ["weight_ih_l1", "weight_hh_l2"], []):
+        found = []
+        for module in (ours, theirs):
+            parameters = dict(module.named_parameters())
+            for key, parameter in parameters.items():
+                parameter.requires_grad_(key in wanted)
+            output, last = module(x, hx)
+            last = last[0] if name == "LSTM" else last
+            sources = [h, *(parameters[key] for key in wanted)]
+            found.append(torch.autograd.grad((output * last[1, :, :1].sum()).sum(), sources))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b)
+    assert stacks == [3] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_last_states_alone_have_gradients_too(name, stacks):
+    ours, theirs = make(name, torch.float64, num_layers=2), getattr(nn, name)(5, 17, 2, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
+    found = [torch.autograd.grad(flat(m(x)[1])[-1][0].sum(), [x, m.weight_hh_l0]) for m in (ours, theirs)]
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b)
+    assert stacks == [2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_second_and_third_order_of_a_stack(name):
+    module = make(name, torch.float64, inputs=2, hidden=3, num_layers=2)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    parameters = dict(module.named_parameters())
+
+    def run(x, *values):
+        output, last = torch.func.functional_call(module, dict(zip(parameters, values)), (x,))
+        return [output, *flat(last)]
+
+    values = [p.detach().requires_grad_() for p in parameters.values()]
+    assert torch.autograd.gradcheck(run, (x, *values))
+    assert torch.autograd.gradgradcheck(run, (x, *values))
+
+    def third(run):
+        y = run(x, *values)[0].square().sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(y, x, create_graph=True)
+            y = g.square().sum()
+        return torch.autograd.grad(y, [x, *values])
+
+    theirs = getattr(nn, name)(2, 3, 2, dtype=torch.float64)
+
+    def reference(x, *values):
+        output, _ = torch.func.functional_call(theirs, dict(zip(parameters, values)), (x,))
+        return [output]
+
+    for a, b in zip(third(run), third(reference)):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_weight_changed_in_place_before_the_backward_is_an_error():
+    module = make("LSTM", num_layers=2)
+    output, _ = module(torch.randn(4, 2, 5))
+    with torch.no_grad():
+        module.weight_hh_l1.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_dropout_and_both_ways_go_layer_by_layer(stacks):
+    for options in ({"dropout": 0.5}, {"bidirectional": True}):
+        module = make("GRU", num_layers=2, **options)
+        module(torch.randn(4, 2, 5))[0].sum().backward()
+    assert stacks == []

@@ -186,3 +186,35 @@ def test_many_callers_with_teams_of_their_own():
     with ThreadPoolExecutor(8) as pool:
         for outputs in pool.map(run, range(8)):
             assert all(torch.equal(y, expected) for y in outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("make", "hidden", "batch", "time", "options"),
+    [
+        (fusedrnn.LSTM, 64, 1, 300, {}),
+        (fusedrnn.GRU, 96, 3, 200, {}),  # 85 steps of three rows are a chunk
+        (fusedrnn.RNN, 130, 20, 40, {}),
+        (fusedrnn.LSTM, 80, 2, 150, {"proj_size": 32}),
+        (fusedrnn.LSTM, 48, 64, 30, {"batch_first": True}),
+    ],
+)
+def test_stacks_in_pieces_of_time_have_the_digits_of_one_thread(
+    make, hidden, batch, time, options, dtype, threads
+):
+    torch.manual_seed(hidden)
+    layers = make(9, hidden, 4, **options).to(dtype)
+    shape = (batch, time) if options.get("batch_first") else (time, batch)
+    x = torch.randn(*shape, 9, dtype=dtype, requires_grad=True)
+    grad = torch.randn(*shape, options.get("proj_size", hidden), dtype=dtype)
+
+    def run():
+        output, _ = layers(x)
+        return [output, *torch.autograd.grad(output, [x, *layers.parameters()], grad)]
+
+    threads(1)
+    expected = run()
+    for n in (2, 3, 5):
+        threads(n)
+        for _ in range(5):
+            assert all(map(torch.equal, run(), expected))

@@ -6,7 +6,8 @@
 //
 // The gradients of the gates of a chunk of steps stay in scratch, [rows of the chunk, stride], until
 // products.h has made the gradients of the input and of the weights of them: written to memory for
-// all of time they would take longer to store and to load than to compute.
+// all of time they would take longer to store and to load than to compute. A scan may come in pieces of time, if it
+// has one thread: what a chunk needs stays in its scratch from one to the next.
 #pragma once
 
 #include "loop.h"
@@ -177,12 +178,18 @@ struct BackwardScan {
     }
   }
 
-  // The gradients that are sums over rows, or that no later step waits for.
-  FUSEDRNN_HD void products(const Clock& now, const Chunk& c, bool first, F* pairs, F* hidden_pairs, F* panel) const {
+  // The gradient of the input at rows of a chunk, for which no later step waits.
+  FUSEDRNN_HD void input_gradients(const Chunk& c, int64_t begin, int64_t end) const {
+    if (!d.d_input) return;
+    const int64_t I = d.inputs;
+    multiply_rows<S>(part.team, end - begin, G * H, c.d_x_gates + (begin - c.span.row_begin) * stride, stride, d.weight_ih,
+                     I, d.d_input + begin * I, I);
+  }
+
+  // The gradients that are sums over the rows of a chunk.
+  FUSEDRNN_HD void weight_gradients(const Clock& now, const Chunk& c, F* pairs, F* hidden_pairs, F* panel) const {
     const int64_t begin = c.span.row_begin, rows = c.span.row_end - begin, I = d.inputs;
-    if (d.d_input) {
-      multiply_rows<S>(part.team, rows, G * H, c.d_x_gates, stride, d.weight_ih, I, d.d_input + begin * I, I);
-    }
+    const bool first = c.span.first_step == 0;
     // Every thread makes panels of its own: sharing them would cost a barrier each.
     const int64_t slabs = ceil_div(rows, kSlabRows);
     for (int64_t i = 0; i < slabs; ++i) {
@@ -230,21 +237,28 @@ struct BackwardScan {
     const Range units = share(ceil_div(H, W), part.member, part.members);
     const Range outputs = share(ceil_div(P, W), part.member, part.members);
     Clock now = clock_at(s, d.reverse, !d.reverse);
-    int64_t i = 0;
-    while (i < s.time) {
+    const int64_t end_step = smaller(s.time, part.end_step);
+    for (int64_t i = 0; i < end_step;) {
       c.span = span_from(now, i, d.reverse,
                          [&](const Span& longer) { return longer.row_end - longer.row_begin <= slots; });
-      const bool first = i == 0;
+      Span made{i, i, s.rows, 0};  // of this chunk, now
       for (;;) {
-        step(now, c, units, outputs, i & 1);
-        if (++i == c.span.end_step) break;
+        if (i >= part.first_step) {
+          if (part.steps) step(now, c, units, outputs, i & 1);
+          made.row_begin = smaller(made.row_begin, now.row);
+          if (now.row + now.active > made.row_end) made.row_end = now.row + now.active;
+        }
+        if (++i == c.span.end_step || i == end_step) break;
         advance(now, d.reverse);
       }
-      // The products read all rows and units of the chunk, and the next chunk takes its place.
-      if (part.team.barrier) barrier_wait(part.team.barrier);
-      products(now, c, first, pairs, hidden_pairs, panel);
-      if (part.team.barrier && i < s.time) barrier_wait(part.team.barrier);
-      if (i < s.time) advance(now, d.reverse);
+      if (made.row_begin < made.row_end) {
+        // The products read all rows and units of the chunk, and the next chunk takes its place.
+        if (part.team.barrier) barrier_wait(part.team.barrier);
+        if (part.steps) input_gradients(c, made.row_begin, made.row_end);
+        if (part.sums && i == c.span.end_step) weight_gradients(now, c, pairs, hidden_pairs, panel);
+        if (part.team.barrier && i < s.time) barrier_wait(part.team.barrier);
+      }
+      if (i < end_step) advance(now, d.reverse);
     }
   }
 };

@@ -262,27 +262,39 @@ struct Layers {
   } layers[kMost];
 };
 
-// Layers beside each other, each in pieces of time, the deepest that can go on first: no thread waits for another
-// at every step, as those do that share the units of a layer.
-template <class S>
-void run_wavefront(const Functions<S>& f, int cell, const ForwardDirection<S>* layers, int count, int64_t steps,
-                   int threads) {
-  const Shape& s = layers[0].shape;
-  const int64_t pieces = ceil_div(s.time, steps);
+// Time in pieces of at most so many steps, none of which goes on behind the end of a chunk.
+struct Pieces {
+  int64_t time, chunk, each;
+  int64_t per_chunk() const { return ceil_div(chunk, each); }
+  int64_t count() const { return time / chunk * per_chunk() + ceil_div(time % chunk, each); }
+  Part part(int64_t i, int64_t batch) const {
+    const int64_t of_chunk = i / per_chunk() * chunk, begin = of_chunk + i % per_chunk() * each;
+    return {0, batch, batch, 0, 1, nullptr, {0, 1, nullptr}, begin, std::min({begin + each, of_chunk + chunk, time})};
+  }
+};
+
+// Layers beside each other, in pieces, the last that can go on first: no thread waits for another at every step, as those
+// do that share the units of a layer. A piece, run(i, part), needs the i-1-th layer's; what finish(i, part) does to it is
+// for the i-th layer alone.
+template <class Run, class Finish>
+void run_wavefront(const Shape& s, int count, const Pieces& pieces, int threads, Run run, Finish finish) {
+  const int64_t all = pieces.count();
   Layers progress;
-  std::atomic<int64_t> left{count * pieces};
+  std::atomic<int64_t> left{count * all};
   const auto make_a_piece = [&] {
     for (int i = count - 1; i >= 0; --i) {
       auto& mine = progress.layers[i];
       const auto ready = [&](int64_t piece) {
-        return piece < pieces && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
+        return piece < all && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
       };
       if (!ready(mine.done.load(std::memory_order_relaxed)) || mine.taken.exchange(true, std::memory_order_acquire)) continue;
       const int64_t piece = mine.done.load(std::memory_order_relaxed);
       const bool found = ready(piece);  // nobody has made it meanwhile
       if (found) {
-        f.forward[cell](layers[i], {0, s.batch, s.batch, 0, 1, nullptr, {0, 1, nullptr}, piece * steps, (piece + 1) * steps});
+        const Part part = pieces.part(piece, s.batch);
+        run(i, part);
         mine.done.store(piece + 1, std::memory_order_release);
+        finish(i, part);
         left.fetch_sub(1, std::memory_order_release);
       }
       mine.taken.store(false, std::memory_order_release);
@@ -299,6 +311,23 @@ void run_wavefront(const Functions<S>& f, int cell, const ForwardDirection<S>* l
   });
 }
 
+// The steps of a piece where layers run beside each other; 0 where one after the other is faster: where there are
+// threads for more than one of each, where a layer's weights are more than a core holds, and where they are shared out
+// without a barrier among more threads than there are layers.
+int64_t steps_of_piece(const Shape& s, int gates, int64_t element_bytes, int tile_rows, int count, int threads) {
+  // Multiply-adds of a piece: below, the lines of its input take too long from one core to the other.
+  constexpr double kWorthAPiece = 2.8e5;
+  const int64_t weight_bytes = gates * s.hidden * s.proj * element_bytes;
+  // Enough rows for the product of the inputs, and pieces enough to keep all threads at work.
+  const int64_t steps = std::max(ceil_div(12, std::max<int64_t>(s.batch, 1)), s.time / 16);
+  const double piece = 2.0 * double(steps) * double(s.batch) * gates * double(s.hidden) * double(s.proj);
+  const int team = std::min(threads, count);
+  if (team <= 1 || count > Layers::kMost || s.batch_sizes != nullptr || s.time < 2 * steps) return 0;
+  if (piece < kWorthAPiece || weight_bytes > kOwnCache) return 0;
+  const bool by_rows = choose_split(s, weight_bytes, tile_rows, team) == Split::kRows;
+  return threads <= (by_rows ? count : 2 * count) ? steps : 0;
+}
+
 }  // namespace
 
 template <class S>
@@ -310,37 +339,64 @@ void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, in
 
 template <class S>
 void run_stack(const Kernels& k, int cell, ForwardDirection<S>* layers, int count, int threads) {
-  // Multiply-adds of a piece: below, the lines of its input take too long from one core to the other.
-  constexpr double kWorthAPiece = 2.8e5;
   const Functions<S>& f = functions_of<S>(k);
   const Shape& s = layers[0].shape;
-  const int gates = kTraits[cell].gates, team = std::min(threads, count);
-  const int64_t weight_bytes = gates * s.hidden * s.proj * static_cast<int64_t>(sizeof(S));
-  // Enough rows for the product of the inputs, and pieces enough to keep all threads at work.
-  const int64_t steps = std::max(ceil_div(12, std::max<int64_t>(s.batch, 1)), s.time / 16);
-  const double piece = 2.0 * double(steps) * double(s.batch) * gates * double(s.hidden) * double(s.proj);
-  // One layer after the other where a layer is shared out without a barrier, where its weights are more than a core
-  // holds, and where there are threads for more than one of each.
-  if (team > 1 && threads <= 2 * count && count <= Layers::kMost && s.batch_sizes == nullptr && s.time >= 2 * steps &&
-      piece >= kWorthAPiece && weight_bytes <= kOwnCache &&
-      choose_split(s, weight_bytes, f.rows[cell], team) == Split::kUnits) {
-    const Buffer scratch = start(cell, layers, count);
-    return run_wavefront(f, cell, layers, count, steps, team);
+  const int64_t steps = steps_of_piece(s, kTraits[cell].gates, sizeof(S), f.rows[cell], count, threads);
+  if (steps == 0) {
+    for (int i = 0; i < count; ++i) run_forward<S>(k, cell, layers + i, 1, threads);
+    return;
   }
-  for (int i = 0; i < count; ++i) run_forward<S>(k, cell, layers + i, 1, threads);
+  const Buffer scratch = start(cell, layers, count);
+  run_wavefront(
+      s, count, {s.time, s.time, steps}, std::min(threads, count),
+      [&](int i, const Part& part) { f.forward[cell](layers[i], part); }, [](int, const Part&) {});
 }
 
+namespace {
+
+// Scratch of some scans, of so many threads each.
 template <class S>
-void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads) {
+Buffer start(int cell, BackwardDirection<S>* directions, int count, int threads) {
   using T = Acc<S>;
   const Shape& s = directions[0].shape;
-  const Functions<S>& f = functions_of<S>(k);
   const auto [gates, splits] = kTraits[cell];
   const int64_t elements = backward_scratch(s, sizeof(T), gates, splits, directions[0].weight_hr != nullptr,
                                             Storage<S>::kPerFactor > 1, std::max(threads, 1));
-  const Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
+  Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;
-  run_parts(directions, gates, sizeof(S), f.rows[0], count, threads, f.backward[cell]);
+  return scratch;
+}
+
+}  // namespace
+
+template <class S>
+void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads) {
+  const Functions<S>& f = functions_of<S>(k);
+  const Buffer scratch = start(cell, directions, count, threads);
+  run_parts(directions, kTraits[cell].gates, sizeof(S), f.rows[0], count, threads, f.backward[cell]);
+}
+
+template <class S>
+void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int count, int threads) {
+  const Functions<S>& f = functions_of<S>(k);
+  const Shape& s = layers[0].shape;
+  const int64_t steps = steps_of_piece(s, kTraits[cell].gates, sizeof(S), f.rows[0], count, threads);
+  if (steps == 0) {
+    for (int i = 0; i < count; ++i) run_backward<S>(k, cell, layers + i, 1, threads);
+    return;
+  }
+  const Buffer scratch = start(cell, layers, count, 1);
+  const int64_t chunk = std::min(backward_chunk_rows(s) / s.batch, s.time);
+  run_wavefront(
+      s, count, {s.time, chunk, std::min(steps, chunk)}, std::min(threads, count),
+      [&](int i, Part part) {
+        part.sums = false;
+        f.backward[cell](layers[i], part);
+      },
+      [&](int i, Part part) {
+        part.steps = false;
+        f.backward[cell](layers[i], part);
+      });
 }
 
 namespace {
@@ -420,6 +476,7 @@ uint64_t run_read(const Kernels& k, const void* data, size_t bytes, int64_t repe
   template void run_forward<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                   \
   template void run_stack<S>(const Kernels&, int, ForwardDirection<S>*, int, int);                     \
   template void run_backward<S>(const Kernels&, int, BackwardDirection<S>*, int, int);                 \
+  template void run_stack<S>(const Kernels&, int, BackwardDirection<S>*, int, int);                    \
   template void run_pack_rows<S>(const Kernels&, const S*, int64_t, int64_t, int64_t, Factor<S>*, int); \
   template void run_pack_columns<S>(const Kernels&, const S*, int64_t, int64_t, Factor<S>*, int);
 FUSEDRNN_INSTANTIATE(float)

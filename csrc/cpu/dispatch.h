@@ -25,6 +25,9 @@ template <class S>
 void run_stack(const Kernels& k, int cell, ForwardDirection<S>* layers, int count, int threads);
 template <class S>
 void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads);
+// The same stack, its last layer first; d_input of each is d_output of the next.
+template <class S>
+void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int count, int threads);
 
 // Weights in the layouts of Functions, by all threads.
 template <class S>

@@ -76,8 +76,10 @@ struct Part {
   int member, members;
   Barrier* barrier;  // null when no other thread works on the same rows
   Team team;
-  // The steps of a forward, in scan order: it may come in pieces, one after the other.
+  // The steps, in the order of the scan: one thread's may come in pieces, one after the other.
   int64_t first_step = 0, end_step = INT64_MAX;
+  // Of a backward: the steps with the gradient of the input, and, where a chunk of them ends, the sums over its rows.
+  bool steps = true, sums = true;
 };
 
 // Weights are packed by Functions; k pads to whole factors, K = ceil(k / kPerFactor).

@@ -40,6 +40,21 @@ def any_grad(*groups: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.requires_grad for group in groups for t in group)
 
 
+def first_order(
+    reference: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> Grads:
+    """The gradient of an operation as differentiable torch code: a tensor per one of ``tensors``, or None.
+
+    Arguments: as of :func:`second_order`.
+    """
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        inputs = [_alias(t) for t in tensors]
+        return _gradients(reference(*inputs), heads, inputs, needs)
+
+
 def second_order(
     reference: Callable[..., Sequence[Tensor]],
     heads: Sequence[Tensor | None],
@@ -59,22 +74,10 @@ def second_order(
         The gradients of ``heads`` and of ``tensors``.
     """
 
-    def alias(t: Tensor) -> Tensor:
-        # So that only the direct dependence on each argument counts even where one argument was
-        # computed from another, and so that the third order reaches the originals.
-        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-
     with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        starts = [None if t is None else alias(t) for t in heads]
-        inputs = [alias(t) for t in tensors]
-        pairs = [(out, start) for out, start in zip(reference(*inputs), starts) if start is not None]
-        first = torch.autograd.grad(
-            [out for out, _ in pairs],
-            [t for t, need in zip(inputs, needs) if need],
-            [start for _, start in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+        starts = [None if t is None else _alias(t) for t in heads]
+        inputs = [_alias(t) for t in tensors]
+        first = [g for g, need in zip(_gradients(reference(*inputs), starts, inputs, needs), needs) if need]
         kept = [
             (f, g)
             for f, g in zip(first, [g for g, need in zip(grads, needs) if need])
@@ -93,3 +96,26 @@ def second_order(
             )  # fmt: skip
     of_starts = iter(found[: len(present)])
     return [None if s is None else next(of_starts) for s in starts], found[len(present) :]
+
+
+def _alias(t: Tensor) -> Tensor:
+    # So that only the direct dependence on each argument counts even where one argument was
+    # computed from another, and so that the third order reaches the originals.
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+def _gradients(
+    outputs: Sequence[Tensor], heads: Sequence[Tensor | None], inputs: Sequence[Tensor], needs: Sequence[bool]
+) -> Grads:
+    """Differentiable gradients of the needed inputs, None for the others."""
+    pairs = [(out, head) for out, head in zip(outputs, heads) if head is not None]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            [t for t, need in zip(inputs, needs) if need],
+            [head for _, head in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needs]

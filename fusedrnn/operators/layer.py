@@ -97,6 +97,37 @@ def launch_backward(
     return [grad_input, *grad_weights, *grad_states]
 
 
+def launch_layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    cell: str,
+    layers: int,
+    save: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    kernels = select.kernels("native", "layer")
+    return kernels.forward_layers(cell, input.contiguous(), weights, states, layers, save)
+
+
+def launch_layers_backward(
+    grad_output: Tensor | None,
+    grad_last: Sequence[Tensor | None],
+    input: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    cell: str,
+    layers: int,
+    needs: Sequence[bool],
+) -> Grads:
+    grad_input, grad_weights, grad_states = select.kernels("native", "layer").backward_layers(
+        cell, input.contiguous(), weights, states, layers, outputs, saved, _memory(grad_output),
+        [_memory(g) for g in grad_last], split(needs, len(weights)),
+    )  # fmt: skip
+    return [grad_input, *grad_weights, *grad_states]
+
+
 def _layer_impl(
     input: Tensor,
     batch_sizes: Tensor | None,

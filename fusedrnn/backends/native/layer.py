@@ -122,9 +122,9 @@ def forward(
     dtype = input.dtype
     if dtype is torch.float16:
         input, weights, states = _stored(input), [*map(_stored, weights)], [*map(_stored, states)]
-    output, last, saved = _C.layer_forward(
-        _CELLS[cell].number, torch.get_num_threads(), directions, save, input, batch_sizes, weights, states,
-        resets,
+    (output,), last, saved = _C.layer_forward(
+        _CELLS[cell].number, torch.get_num_threads(), directions, 1, save, input, batch_sizes, weights,
+        states, resets,
     )  # fmt: skip
     if dtype is torch.float16:
         return output.to(dtype), [s.to(dtype) for s in last], saved
@@ -162,9 +162,15 @@ def backward(
         grad_output = None if grad_output is None else _stored(grad_output)
         grad_last = [None if g is None else _stored(g) for g in grad_last]
     d_inputs, d_weights, d_states = _C.layer_backward(
-        _CELLS[cell].number, torch.get_num_threads(), directions, input, batch_sizes, weights, states, output,
-        saved, grad_output, grad_last, needs, resets,
+        _CELLS[cell].number, torch.get_num_threads(), directions, 1, input, batch_sizes, weights, states,
+        [output], saved, grad_output, grad_last, needs, resets,
     )  # fmt: skip
+    return _gradients(dtype, d_inputs, d_weights, d_states)
+
+
+def _gradients(
+    dtype: torch.dtype, d_inputs: list[Tensor], d_weights: list[Any], d_states: list[Any]
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     # each direction makes a gradient of the input of its own
     d_input = None if not d_inputs else d_inputs[0] if len(d_inputs) == 1 else d_inputs[0].add_(d_inputs[1])
     if _sums(dtype) is not dtype:
@@ -172,3 +178,42 @@ def backward(
         d_weights = [None if g is None else g.to(dtype) for g in d_weights]
         d_states = [None if g is None else g.to(dtype) for g in d_states]
     return d_input, d_weights, d_states
+
+
+# ---- several layers at once ----------------------------------------------------------------------
+
+
+def forward_layers(
+    cell: str, input: Tensor, weights: Sequence[Tensor], states: Sequence[Tensor], layers: int, save: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Dense layers of one direction, on the CPU, in fp32, fp64 or bf16: `forward` of all of them.
+
+    Args:
+        weights, states: of all layers; ``states`` each ``[L, B, ...]``.
+
+    Returns:
+        The output of each layer, the last states as `states`, and what each layer has saved.
+    """
+    return _C.layer_forward(  # type: ignore[union-attr]
+        _CELLS[cell].number, torch.get_num_threads(), 1, layers, save, input, None, weights, states, None
+    )
+
+
+def backward_layers(
+    cell: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor],
+    layers: int,
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grad_output: Tensor | None,
+    grad_last: Sequence[Tensor | None],
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` of `forward_layers`."""
+    found = _C.layer_backward(  # type: ignore[union-attr]
+        _CELLS[cell].number, torch.get_num_threads(), 1, layers, input, None, weights, states, outputs, saved,
+        grad_output, grad_last, needs, None,
+    )  # fmt: skip
+    return _gradients(input.dtype, *found)

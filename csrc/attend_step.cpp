@@ -11,6 +11,7 @@
 #include "cpu/attend_run.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
+#include "fast_call.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -21,8 +22,8 @@ namespace {
 // Beyond it the exponentials do not stay in the caches, and reading them takes as long as making them: measured with
 // one megabyte of second-level cache.
 constexpr int64_t kMostKept = 1 << 20;  // elements of keys
-// Above it a step takes long enough (about 20 us) for other threads to want the GIL.
-constexpr int64_t kWorthRelease = 1 << 17;  // elements of pairs
+// Multiply-adds that an element of a pair is worth, for whether others want the GIL.
+constexpr int64_t kWorthOfPair = 4;
 
 // What exponentials were made from. A tensor made in inference mode has no version, so its content counts.
 struct Source {
@@ -166,52 +167,34 @@ bool read(const Reader& tensor, Step& step) {
 }
 
 // attend_step(*Argument): (context, weights or None), or None where the ordinary way has to be taken.
-PyObject* attend_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kArguments) {
-    PyErr_Format(PyExc_TypeError, "attend_step: expected %d arguments", static_cast<int>(kArguments));
-    return nullptr;
-  }
+py::object attend_step(PyObject* const* args) {
   auto* keys = static_cast<Keys*>(PyCapsule_GetPointer(args[kKeys], kName));
-  const int threads = static_cast<int>(PyLong_AsLong(args[kThreads]));
+  const int threads = integer(args[kThreads]);
   Step step;
   step.attend.scale = PyFloat_AsDouble(args[kScale]);
-  if (PyErr_Occurred()) return nullptr;
-  try {
-    if (!read(Reader(*keys, args), step)) Py_RETURN_NONE;
-    AttendForward<float>& a = step.attend;
-    Projection& p = step.projection;
-    const py::object context = Tensors::found().make_like(args[kQuery], step.query, a.values, a.context);
-    const py::object weights = args[kNeedWeights] == Py_True
-                                   ? Tensors::found().make_like(args[kQuery], step.query, a.keys, a.weights)
-                                   : py::none();
-    const Kernels& k = kernels();
-    std::shared_ptr<const Prepared> prepared;
-    if (a.steps) prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);
-    if (prepared && prepared->usable) a.kept = reinterpret_cast<const float*>(prepared->data.get());
-    const Buffer projected = allocate(p.rows * p.outputs * sizeof(float));
-    a.query.data = p.out = reinterpret_cast<float*>(projected.get());
-    const auto run = [&] {
-      run_projection(k, p, threads);
-      run_attend(k, a, threads);
-    };
-    if (p.rows * a.keys * a.width >= kWorthRelease) {
-      const py::gil_scoped_release release;
-      run();
-    } else {
-      run();
-    }
-    return PyTuple_Pack(2, context.ptr(), weights.ptr());
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (!read(Reader(*keys, args), step)) return py::none();
+  const Tensors& tensors = Tensors::found();
+  AttendForward<float>& a = step.attend;
+  Projection& p = step.projection;
+  const py::object context = tensors.make_like(args[kQuery], step.query, a.values, a.context);
+  const py::object weights =
+      args[kNeedWeights] == Py_True ? tensors.make_like(args[kQuery], step.query, a.keys, a.weights) : py::none();
+  const Kernels& k = kernels();
+  std::shared_ptr<const Prepared> prepared;
+  if (a.steps) prepared = keys->prepared(args[kKey], k, a.key.data, a.batch * a.keys, a.width);
+  if (prepared && prepared->usable) a.kept = reinterpret_cast<const float*>(prepared->data.get());
+  const Buffer projected = allocate(p.rows * p.outputs * sizeof(float));
+  a.query.data = p.out = reinterpret_cast<float*>(projected.get());
+  run_beside(kWorthOfPair * p.rows * a.keys * a.width, [&] {
+    run_projection(k, p, threads);
+    run_attend(k, a, threads);
+  });
+  return py::reinterpret_steal<py::object>(PyTuple_Pack(2, context.ptr(), weights.ptr()));
 }
 
-PyMethodDef step_method = {
-    "attend_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attend_step)), METH_FASTCALL,
-    "attend_step(keys, threads, need_weights, scale, query, weight, bias, v, g, key, value, lengths, mask)"};
+PyMethodDef methods[] = {fast_method<attend_step, kArguments>(
+    "attend_step", "attend_step(keys, threads, need_weights, scale, query, weight, bias, v, g, key, value, lengths, mask)")};
 
 }  // namespace
 
@@ -224,5 +207,5 @@ void bind_attend_step(py::module_& m) {
         });
       },
       "a place for what attend_step keeps of one tensor of keys, which has a version or has none");
-  m.attr("attend_step") = py::reinterpret_steal<py::object>(PyCFunction_New(&step_method, nullptr));
+  add_methods(m, methods);
 }

@@ -48,6 +48,12 @@ struct BFloat16 : Widened {
   static FUSEDRNN_HD void load(const uint16_t* from, VecF* w) {
     Simd<float>::Bits pairs;
     __builtin_memcpy(&pairs, from, sizeof pairs);
+    // Else compilers load it twice, as an operand of each: 4 to 20 % slower, the latter where L2 holds the weights.
+#if FUSEDRNN_VECTOR_BYTES == 64
+    asm("" : "+v"(pairs));
+#elif FUSEDRNN_VECTOR_BYTES == 32
+    asm("" : "+x"(pairs));
+#endif
     w[0] = (VecF)(pairs << 16);
     w[1] = (VecF)(pairs & 0xFFFF0000u);
   }

@@ -39,12 +39,14 @@ X* data_of(const Tensors& tensors, PyObject* tensor) {
 
 // [B, N, T, columns], whose dimensions of one value lie anywhere.
 template <class X>
-Rows<X> rows_of(const Tensors& tensors, PyObject* tensor) {
-  if (tensor == Py_None) return {};
-  const dlpack::Tensor t = tensors.view(tensor);
+Rows<X> rows_of(const dlpack::Tensor& t) {
   if (t.ndim != 4) throw std::invalid_argument("expected 4 dimensions");
   const auto stride = [&](int i) { return t.shape[i] == 1 ? 0 : t.strides[i]; };
   return {static_cast<X*>(t.data), stride(0), stride(1), stride(2)};
+}
+template <class X>
+Rows<X> rows_of(const Tensors& tensors, PyObject* tensor) {
+  return tensor == Py_None ? Rows<X>{} : rows_of<X>(tensors.view(tensor));
 }
 
 // The arguments that both ways begin with.
@@ -53,7 +55,9 @@ enum { kThreads, kScore, kScale, kDropout, kSeed, kQuery, kKey, kValue, kV, kLen
 template <class S>
 void read(const Tensors& tensors, PyObject* const* args, Attend<S>& a) {
   const dlpack::Tensor query = tensors.view(args[kQuery]), value = tensors.view(args[kValue]);
-  if (query.ndim != 4 || value.ndim != 4) throw std::invalid_argument("expected 4 dimensions");
+  a.query = rows_of<const S>(query);
+  a.key = rows_of<const S>(tensors, args[kKey]);
+  a.value = rows_of<const S>(value);
   a.score = integer(args[kScore]);
   a.scale = real(args[kScale]);
   a.dropout = real(args[kDropout]);
@@ -65,9 +69,6 @@ void read(const Tensors& tensors, PyObject* const* args, Attend<S>& a) {
   a.width = query.shape[3];
   a.keys = value.shape[2];
   a.values = value.shape[3];
-  a.query = rows_of<const S>(tensors, args[kQuery]);
-  a.key = rows_of<const S>(tensors, args[kKey]);
-  a.value = rows_of<const S>(tensors, args[kValue]);
   a.v = data_of<const S>(tensors, args[kV]);
   a.lengths = data_of<const int64_t>(tensors, args[kLengths]);
 }
@@ -98,9 +99,10 @@ py::object forward(PyObject* const* args) {
     AttendForward<S> a{};
     read(tensors, args, a);
     if (args[kMask] != Py_None) {
-      a.mask_kind = tensors.view(args[kMask]).type_code == dlpack::kBool ? kBoolMask : kAddedMask;
-      a.bool_mask = rows_of<const uint8_t>(tensors, args[kMask]);
-      a.added_mask = rows_of<const S>(tensors, args[kMask]);
+      const dlpack::Tensor mask = tensors.view(args[kMask]);
+      a.mask_kind = mask.type_code == dlpack::kBool ? kBoolMask : kAddedMask;
+      a.bool_mask = rows_of<const uint8_t>(mask);
+      a.added_mask = rows_of<const S>(mask);
     }
     const auto context = make(tensors, query, a, a.queries, a.values, a.context);
     py::object weights = py::none(), probabilities = py::none();

@@ -238,7 +238,11 @@ struct BackwardScan {
     const Range outputs = share(ceil_div(P, W), part.member, part.members);
     Clock now = clock_at(s, d.reverse, !d.reverse);
     const int64_t end_step = smaller(s.time, part.end_step);
-    for (int64_t i = 0; i < end_step;) {
+    // To the chunk that a piece is of: pieces are dense, so that chunks are of one size.
+    int64_t i = 0;
+    if (part.first_step > 0) i = part.first_step / (slots / s.batch) * (slots / s.batch);
+    leap(now, i, d.reverse);
+    while (i < end_step) {
       c.span = span_from(now, i, d.reverse,
                          [&](const Span& longer) { return longer.row_end - longer.row_begin <= slots; });
       Span made{i, i, s.rows, 0};  // of this chunk, now

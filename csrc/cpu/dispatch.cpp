@@ -395,7 +395,7 @@ void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int cou
       },
       [&](int i, Part part) {
         part.steps = false;
-        f.backward[cell](layers[i], part);
+        if (part.end_step % chunk == 0 || part.end_step == s.time) f.backward[cell](layers[i], part);
       });
 }
 

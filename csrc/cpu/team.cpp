@@ -83,8 +83,8 @@ void Crowd::away(int64_t now, int64_t length, int64_t away) {
 
 // ---- a call -------------------------------------------------------------------------------------------------------
 
-Region::Region(int threads)
-    : seats_(std::min(threads, kSeats)), careful_(crowd().is_careful()), begin_(clock_now()), done_(begin_) {
+Region::Region(int threads, int64_t begin)
+    : seats_(std::min(threads, kSeats)), careful_(crowd().is_careful()), begin_(begin), done_(begin) {
   for (int i = 0; i < seats_; ++i) cores_[i].store(-1, std::memory_order_relaxed);
 }
 

@@ -38,7 +38,7 @@ int64_t clock_now();
 // A call of a team.
 class Region {
  public:
-  explicit Region(int threads);
+  Region(int threads, int64_t begin);
   ~Region();
   Region(const Region&) = delete;
 
@@ -91,9 +91,11 @@ inline void relax() {
 // f(member, members)
 template <class F>
 void in_team(int threads, F f) {
-  if (threads > 1) threads = crowd().size(threads, clock_now());
   if (threads <= 1) return f(0, 1);
-  Region region(threads);
+  const int64_t begin = clock_now();
+  threads = crowd().size(threads, begin);
+  if (threads <= 1) return f(0, 1);
+  Region region(threads, begin);
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num();

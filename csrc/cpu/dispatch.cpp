@@ -69,16 +69,18 @@ std::atomic<const Kernels*> current{nullptr};
 
 enum class Split { kRows, kUnits };
 
-// Bytes of weights that a core keeps in its second-level cache beside everything else, and in its first.
-constexpr int64_t kOwnCache = 512 << 10, kFirstCache = 32 << 10;
+// Bytes of weights that a core keeps in its first cache, and in its second beside everything else; and that the cache
+// which all cores share has for each of them to read, beside all else.
+constexpr int64_t kFirstCache = 32 << 10, kOwnCache = 512 << 10, kSharedCache = 8 << 20;
 
-// Weights that a core keeps in its own cache can be read by every thread, each for its own rows,
-// without a barrier; larger ones are shared out, and so are few rows.
+// Without a barrier, each thread reads all weights for rows of its own: as many as are worth it, the farther away the
+// weights are. Else the units are shared out, and with them the weights.
 Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team) {
-  const int enough = weight_bytes <= kFirstCache ? 2 : 4;
-  const bool enough_rows = s.batch >= static_cast<int64_t>(team) * std::min(tile_rows, enough);
-  const bool wide = s.batch >= static_cast<int64_t>(team) * tile_rows * 8;
-  return enough_rows && (weight_bytes <= kOwnCache || wide) ? Split::kRows : Split::kUnits;
+  const int64_t enough = weight_bytes <= kFirstCache    ? 2
+                         : weight_bytes <= kOwnCache    ? std::min(tile_rows, 4)
+                         : weight_bytes <= kSharedCache ? 16
+                                                        : INT64_MAX;
+  return s.batch / team >= enough ? Split::kRows : Split::kUnits;
 }
 
 Part part_of(const Shape& s, Split split, int tile_rows, Team team) {

@@ -1,8 +1,7 @@
 // sigmoid and tanh on vectors: no table, no branch; 2-ulp class in fp32, about 1e-15 in fp64.
 //
-// Both are made of t = exp(-|y|), which never overflows. With n = round(y / ln 2) and r = y - n ln 2,
-// exp(y) = 2^n (1 + p(r)) and expm1(y) = 2^n p(r) + (2^n - 1), which has no cancellation that matters. A clamp
-// is a comparison that is false for NaN, so NaN passes.
+// With n = round(y / ln 2) and r = y - n ln 2, exp(y) = 2^n (1 + p(r)) and expm1(y) = 2^n p(r) + (2^n - 1), which has
+// no cancellation that matters. A clamp is a comparison that is false for NaN, so NaN passes.
 #pragma once
 
 #include "simd.h"
@@ -19,6 +18,7 @@ struct ExpConstants<float> {
   static constexpr int kShift = 23;
   static constexpr uint32_t kBias = 127;
   static constexpr float kLow = -87.9f;  // 2^n becomes 0 here: n = -127
+  static constexpr float kHigh = 88.9f;  // and infinite: n = 128
   static constexpr float kSaturated = 32;
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -30,6 +30,7 @@ struct ExpConstants<double> {
   static constexpr int kShift = 52;
   static constexpr uint64_t kBias = 1023;
   static constexpr double kLow = -708.9;
+  static constexpr double kHigh = 709.9;
   static constexpr double kSaturated = 64;
   static constexpr double kLog2E = 1.4426950408889634074;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
@@ -53,23 +54,46 @@ FUSEDRNN_HD VecD expm1_polynomial(VecD r) {  // Taylor: the remainder is below 1
   return r2 * (a + r4 * (b + r4 * c)) + r;
 }
 
+// exp(r) there: its own polynomial where that takes fewer instructions, of least relative error (2^-28).
+FUSEDRNN_HD VecF exp_polynomial(VecF r) {
+  VecF q = 1.3814539416e-3f * r + 8.3687454462e-3f;
+  q = q * r + 4.1668388993e-2f;
+  q = q * r + 1.6666521132e-1f;
+  q = q * r + 4.9999994040e-1f;
+  q = q * r + 1.0f;
+  return q * r + 1.0f;
+}
+FUSEDRNN_HD VecD exp_polynomial(VecD r) { return 1.0 + expm1_polynomial(r); }
+
+// y = n ln 2 + r.
 template <class T>
-struct Exp2Part {
-  typename Simd<T>::V scale;  // 2^n, or 0 below the normal range
-  typename Simd<T>::V p;      // exp(r) - 1
+struct Reduced {
+  typename Simd<T>::V scale;  // 2^n; 0 below the normal range, infinite above it
+  typename Simd<T>::V r;
 };
 
-// y is within kLow .. -kLow.
+// y is within kLow .. kHigh.
 template <class T>
-FUSEDRNN_HD Exp2Part<T> split_exp(typename Simd<T>::V y) {
+FUSEDRNN_HD Reduced<T> reduce(typename Simd<T>::V y) {
   using V = typename Simd<T>::V;
   using Bits = typename Simd<T>::Bits;
   using C = ExpConstants<T>;
   const V shifted = y * C::kLog2E + C::kMagic;
   const V n = shifted - C::kMagic;
-  const V r = (y - n * C::kLn2High) - n * C::kLn2Low;
   const Bits scale = ((Bits)shifted << C::kShift) + (C::kBias << C::kShift);
-  return {(V)scale, expm1_polynomial(r)};
+  return {(V)scale, (y - n * C::kLn2High) - n * C::kLn2Low};
+}
+
+template <class T>
+struct Exp2Part {
+  typename Simd<T>::V scale;
+  typename Simd<T>::V p;  // exp(r) - 1
+};
+
+template <class T>
+FUSEDRNN_HD Exp2Part<T> split_exp(typename Simd<T>::V y) {
+  const auto reduced = reduce<T>(y);
+  return {reduced.scale, expm1_polynomial(reduced.r)};
 }
 
 template <class T>
@@ -79,9 +103,6 @@ struct VectorMath {
   using C = ExpConstants<T>;
 
   static FUSEDRNN_HD V splat(double value) { return fusedrnn::splat<T>(static_cast<T>(value)); }
-
-  // -|x|, at least `low`.
-  static FUSEDRNN_HD V negative(V x, V low) { return at_least(low, (V)((Bits)x | (Bits)splat(-0.0))); }
 
   static FUSEDRNN_HD V quotient(V x, V y) { return fusedrnn::quotient(x, y); }
 
@@ -105,23 +126,21 @@ struct VectorMath {
     return e.scale * e.p + (e.scale - splat(1));
   }
 
-  // 1 / (1 + t), or t / (1 + t) for negative x.
   static FUSEDRNN_HD V sigmoid(V x) {
-    const auto e = split_exp<T>(negative(x, splat(C::kLow)));
-    const V t = e.scale * e.p + e.scale, one = splat(1);
-    return (x < splat(0) ? t : one) / (one + t);
+    const auto e = reduce<T>(-at_most(splat(-C::kLow), at_least(splat(-C::kHigh), x)));
+    return splat(1) / (splat(1) + e.scale * exp_polynomial(e.r));
   }
 
-  // (1 - t) / (1 + t) with t = exp(-2|x|) on |x|, and as 1 - 2t / (1 + t) where that is near 1: what the
-  // backward makes of a saturated gate, 1 - tanh^2, is only as good as its last digit.
+  // expm1(y) / (expm1(y) + 2) with y = 2|x|, and as 1 - 2 / (expm1(y) + 2) where that is near 1: what the backward
+  // makes of a saturated gate, 1 - tanh^2, is only as good as its last digit.
   static FUSEDRNN_HD V tanh(V x) {
-    const V a = negative(x, splat(C::kLow / 2));
+    const V sign = splat(-0.0), one = splat(1), two = splat(2);
+    const V a = at_most(splat(C::kSaturated), (V)((Bits)x & ~(Bits)sign));
     const auto e = split_exp<T>(a + a);
-    const V t = e.scale * e.p + e.scale, one = splat(1);
     const V expm1 = e.scale * e.p + (e.scale - one);
-    const auto small = expm1 > splat(-0.75);
-    const V q = (small ? -expm1 : t + t) / (expm1 + splat(2));
-    return (V)((Bits)(small ? q : one - q) | ((Bits)x & (Bits)splat(-0.0)));
+    const auto large = a > splat(0.5);
+    const V q = (large ? -two : expm1) / (expm1 + two);
+    return (V)((Bits)(large ? q + one : q) | ((Bits)x & (Bits)sign));
   }
 };
 

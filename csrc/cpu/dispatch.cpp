@@ -71,7 +71,7 @@ enum class Split { kRows, kUnits };
 
 // Bytes of weights that a core keeps in its first cache, and in its second beside everything else; and that the cache
 // which all cores share has for each of them to read, beside all else.
-constexpr int64_t kFirstCache = 32 << 10, kOwnCache = 512 << 10, kSharedCache = 8 << 20;
+constexpr int64_t kFirstCache = 32 << 10, kOwnCache = 512 << 10, kSharedCache = 4 << 20;
 
 // Without a barrier, each thread reads all weights for rows of its own: as many as are worth it, the farther away the
 // weights are. Else the units are shared out, and with them the weights.

@@ -214,8 +214,11 @@ struct BackwardScan {
                                  for (int64_t r = 0; r < count; ++r) copy(r, d.raw + (row + r) * H);
                                });
       }
-      if (d.d_bias_ih) sum_rows<S>(part.team, count, G * H, d_x_gates, stride, add, d.d_bias_ih);
-      if (d.d_bias_hh) sum_rows<S>(part.team, count, G * H, d_h_gates, stride, add, d.d_bias_hh);
+      const bool one_sum = Cell::kSplitGate < 0 && d.d_bias_ih;
+      if (d.d_bias_ih) {
+        sum_rows<S>(part.team, count, G * H, d_x_gates, stride, add, d.d_bias_ih, one_sum ? d.d_bias_hh : nullptr);
+      }
+      if (d.d_bias_hh && !one_sum) sum_rows<S>(part.team, count, G * H, d_h_gates, stride, add, d.d_bias_hh);
     }
   }
 

@@ -104,22 +104,44 @@ FUSEDRNN_HD void multiply_transposed(const Team& team, int64_t count, int64_t m,
   });
 }
 
-// out [n] (+)= the sum of the rows of a [rows, n].
+// out [n] (+)= the sum of the rows of a [rows, n]; and the same to `copy`, if it is not null.
 template <class S>
 FUSEDRNN_HD void sum_rows(const Team& team, int64_t rows, int64_t n, const S* a, int64_t a_stride, bool add,
-                          Acc<S>* out) {
+                          Acc<S>* out, Acc<S>* copy = nullptr) {
   using V = typename Simd<Acc<S>>::V;
   constexpr int W = Simd<Acc<S>>::kWidth;
   const Range mine = share(ceil_div(n, W), team.member, team.size);
-  for (int64_t block = mine.begin; block < mine.end; ++block) {
-    const int64_t column = block * W;
-    const int lanes = static_cast<int>(smaller(W, n - column));
+  const auto columns = [&](auto count, int64_t block) {
+    constexpr int kCount = decltype(count)::value;
+    const int lanes = static_cast<int>(smaller(W, n - (block + kCount - 1) * W));
+    const auto load_row = [&](int64_t r, int j) {
+      const S* from = a + r * a_stride + (block + j) * W;
+      return j + 1 < kCount ? load(from) : load(from, lanes);
+    };
     // Two halves hide the latency of an addition, and round less.
-    V sum[2] = {};
-    for (int64_t r = 0; r < rows; ++r) sum[r & 1] += load(a + r * a_stride + column, lanes);
-    const V total = sum[0] + sum[1];
-    store(out + column, add ? load(out + column, lanes) + total : total, lanes);
-  }
+    V sum[2][kCount] = {};
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kCount; ++j) {
+        sum[0][j] += load_row(r, j);
+        sum[1][j] += load_row(r + 1, j);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      if (r < rows) sum[0][j] += load_row(r, j);
+      V total = sum[0][j] + sum[1][j];
+      const int64_t column = (block + j) * W;
+      const int width = j + 1 < kCount ? W : lanes;
+      if (add) total += load(out + column, width);
+      store(out + column, total, width);
+      if (copy) store(copy + column, total, width);
+    }
+  };
+  int64_t block = mine.begin;
+  for (; block + 4 <= mine.end; block += 4) columns(std::integral_constant<int, 4>{}, block);
+  for (; block < mine.end; ++block) columns(std::integral_constant<int, 1>{}, block);
 }
 
 }  // namespace

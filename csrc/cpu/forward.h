@@ -112,6 +112,10 @@ struct ForwardScan {
                          F* h_new /*[B, stride]*/, F* raw /*[B, raw_stride]*/, int64_t ending,
                          int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, G, W]
+    // With one gate four blocks are taken at once, whose x_gates lie apart, behind a short product.
+    if (G == 1 && s.batch > 1) {
+      for (int64_t j = 0; j < blocks; ++j) fetch_rows(c.x_gates + ((unit_block + j) * c.slots + slot) * W, rows * W);
+    }
     multiply<G>(rows, blocks, s.batch == 1, P, h + b0 * stride, stride, d.weight_hh, H, unit_block, acc);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t u = (unit_block + j) * W;

@@ -108,13 +108,14 @@ FUSEDRNN_HD Tile<P> tile_of(int64_t r) {
 template <int G>
 constexpr int kBlocks = G == 1 ? 4 : 1;
 
-// The same for one row alone, whose gates take long to follow from each other: those of two blocks overlap.
-template <int G>
-constexpr int kLoneBlocks = G == 1 ? 4 : 2;
-
 // Few accumulators cannot hide the latency of a multiply-add: those of a lone row have a copy. All tiles of a call have
 // as many, whatever their size, as what a thread's share leaves over must not change the order of a sum.
 constexpr int kLoneCopies = 2;
+
+// The blocks for one row alone, whose gates take long to follow from each other: those of two blocks overlap, where
+// their accumulators leave registers for the weights.
+template <int G>
+constexpr int kLoneBlocks = G == 1 ? 4 : 2 * G * kLoneCopies < kRegisters ? 2 : 1;
 
 // A tile of r rows and so many blocks; `lone` where the call has one row at a time.
 template <class P, int G>

@@ -25,15 +25,12 @@ Optional = Tensor | None
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-class _Call(Protocol):
-    """Everything of a call that is not a tensor (opaque to pytree). `tensors` are those that may be
-    differentiated, all floating, then `constants` others, which may be None."""
+class _Recorded(Protocol):
+    """Everything of an eager call that is not a tensor. `tensors` are those that may be differentiated, all
+    floating, then `constants` others, which may be None."""
 
     @property
     def constants(self) -> int: ...
-
-    @property
-    def outputs(self) -> int: ...
 
     def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         """Outputs and what the backward needs beyond inputs and the first output."""
@@ -47,7 +44,14 @@ class _Call(Protocol):
         needs: Sequence[bool],
         differentiable: bool = False,
     ) -> Grads:
-        """A gradient per differentiable tensor; with `differentiable` by the operator."""
+        """A gradient per differentiable tensor; with `differentiable` as differentiable code."""
+
+
+class _Call(_Recorded, Protocol):
+    """The same of a call that a compiler or a transform may look on at (opaque to pytree)."""
+
+    @property
+    def outputs(self) -> int: ...
 
     def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
         """The outputs as differentiable torch code."""
@@ -101,7 +105,7 @@ class _Fast(torch.autograd.Function):
     """The operator without the dispatcher: about a third of its overhead."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Recorded, *tensors: Optional) -> tuple[Tensor, ...]:
         outputs, saved = call.forward(tensors, save=True)
         ctx.call = call
         ctx.set_materialize_grads(False)

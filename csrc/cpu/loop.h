@@ -16,8 +16,8 @@ FUSEDRNN_HD Range share(int64_t total, int member, int members) {
 
 FUSEDRNN_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Asks for rows that other threads have just written, all at once: a product that meets them one after the other would
-// wait for each. More than these are under way before they are needed in any case.
+// Asks for rows that are not in the first cache, all at once: of those that another thread has just written a product
+// would wait for one after the other. More than these are under way before they are needed in any case.
 template <class T>
 FUSEDRNN_HD void fetch_rows(const T* rows, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T), kMost = 64 * kLine;

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/sharing.h"
 #include "cpu/team.h"
 #include "packs.h"
 
@@ -58,6 +59,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { set_level(name); }, "'' goes back to the best level");
   m.def("isa_levels", &supported_levels);
   m.def("cpu_features", &cpu_features);
+  m.def(
+      "share_layer",
+      [](int gates, int64_t time, int64_t batch, int64_t hidden, int64_t inputs, int directions, int threads) {
+        const Shape shape{time, batch, hidden, hidden, time * batch, nullptr};
+        const LayerWork layer{shape, inputs, gates, directions, sizeof(float), kernels().f32.width, kernels().f32.rows[0]};
+        const int members = share_layer(layer, threads).members;
+        return py::make_tuple(members, members > 1 && choose_split(layer, members) == Split::kRows);
+      },
+      "members of a direction's team, 0 where one thread makes all, and whether they share out rows; for tests");
   py::class_<Crowd>(m, "Crowd", "how large teams of threads may be beside other work (cpu/team.h), for tests")
       .def(py::init<>())
       .def("size", &Crowd::size)

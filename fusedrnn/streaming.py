@@ -21,9 +21,6 @@ from .backends import native, select
 from .backends.native import layer as kernels
 from .stored import STORAGES, Pack, parameters, pointer, rounded, shared_pack, spec_of, stride
 
-# From this many multiply-adds on, two threads are faster than one. Measured: docs/streaming.md.
-_WORTH_THREADS = 1 << 18
-
 
 def streaming(module: nn.Module, batch: int | None = None, weights: str = "fp32") -> Stepper:
     """A stepper of a recurrent module: it keeps the state and takes one time step a call.
@@ -92,7 +89,7 @@ class Stepper:
         """
         if out is not None:
             _check("out", out, tuple(self._output.shape), self._output.device)
-        if not self._run(x, torch.get_num_threads() if self._shares else 1):
+        if not self._run(x, torch.get_num_threads()):
             self._run_changed(x)
         increment_version(self._written)
         return self._output if out is None else out.copy_(self._output)
@@ -161,12 +158,11 @@ class Stepper:
             pack = shared_pack(self._module, spec, self._weights)
             self._run = self._native_run(pack)
             self._pack: Pack | None = pack
-            self._shares = (self._batch or 1) * sum(w.numel() for w in pack.weights) >= _WORTH_THREADS
             return
         if wanted == "native":
             select.choose(request)  # raises
         select.say_once(f"fusedrnn.streaming runs the module's own forward, which is slow ({reason})")
-        self._run, self._pack, self._shares = self._plain_run, None, False
+        self._run, self._pack = self._plain_run, None
 
     def _native_run(self, pack: Pack) -> Callable[[Any, int], bool]:
         spec, batch = self._spec, self._batch or 1
@@ -198,7 +194,7 @@ class Stepper:
         _check("x", x, self._input_shape, self._output.device)
         if self._pack is not None and self._pack.watch.changed():
             self._bind()
-        threads = torch.get_num_threads() if self._shares else 1
+        threads = torch.get_num_threads()
         if not self._run(x, threads) and not self._run(x.detach().clone(), threads):
             raise RuntimeError(f"x: expected a tensor with memory of its own, got {type(x).__name__}")
 

@@ -5,6 +5,7 @@
 
 #include "attend_run.h"
 #include "buffer.h"
+#include "sharing.h"
 #include "team.h"
 
 namespace fusedrnn {
@@ -18,15 +19,15 @@ const AttendFunctions<S>& functions_of(const AttendKernels& k) {
   if constexpr (std::is_same_v<S, Half>) return k.f16;
 }
 
-// Multiply-adds below which a parallel region costs more than it saves; a tanh is worth some, fewer of keys that
-// are kept.
-constexpr double kWorthARegion = 2e5, kTanh = 8, kTanhOfKept = 3;
+// What takes as long as some multiply-adds of a large product (sharing.h): one of few rows, and a tanh, less for keys
+// that are kept.
+constexpr double kMultiplyAdd = 2, kTanh = 16, kTanhOfKept = 6;
 
 template <class S>
 int threads_for(const Attend<S>& a, int threads, double tanh = kTanh) {
   const double pairs = double(a.batch) * double(a.heads) * double(a.queries) * double(a.keys);
-  const double each = double(a.width) * (a.score == kAdditive ? tanh : 1) + double(a.values);
-  return pairs * each < kWorthARegion ? 1 : std::max(threads, 1);
+  const double each = double(a.width) * (a.score == kAdditive ? tanh : kMultiplyAdd) + kMultiplyAdd * double(a.values);
+  return worth_a_region(pairs * each, threads);
 }
 
 // The queries of all heads in tiles, of about a thread's share at most.
@@ -113,9 +114,8 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
 }
 
 void run_projection(const Kernels& k, const Projection& p, int threads) {
-  const int64_t work = p.rows * p.inputs * p.outputs;
-  if (double(work) < kWorthARegion) threads = 1;
-  in_team(threads, [&](int me, int team) { k.attend.step.project(p, part_of(p.outputs, kPad, me, team)); });
+  const double work = kMultiplyAdd * double(p.rows) * double(p.inputs) * double(p.outputs);
+  in_team(worth_a_region(work, threads), [&](int me, int team) { k.attend.step.project(p, part_of(p.outputs, kPad, me, team)); });
 }
 
 template <class S>

@@ -12,6 +12,7 @@
 #include "../cells/rnn.h"
 #include "barrier.h"
 #include "buffer.h"
+#include "sharing.h"
 #include "team.h"
 
 namespace fusedrnn {
@@ -67,67 +68,26 @@ const Kernels& named(const std::string& name, const char* argument) {
 
 std::atomic<const Kernels*> current{nullptr};
 
-enum class Split { kRows, kUnits };
-
-// Bytes of weights that a core keeps in its first cache, and in its second beside everything else; and that the cache
-// which all cores share has for each of them to read, beside all else.
-constexpr int64_t kFirstCache = 32 << 10, kOwnCache = 512 << 10, kSharedCache = 4 << 20;
-
-// Without a barrier, each thread reads all weights for rows of its own: as many as are worth it, the farther away the
-// weights are. Else the units are shared out, and with them the weights.
-Split choose_split(const Shape& s, int64_t weight_bytes, int tile_rows, int team) {
-  const int64_t enough = weight_bytes <= kFirstCache    ? 2
-                         : weight_bytes <= kOwnCache    ? std::min(tile_rows, 4)
-                         : weight_bytes <= kSharedCache ? 16
-                                                        : INT64_MAX;
-  return s.batch / team >= enough ? Split::kRows : Split::kUnits;
-}
-
-Part part_of(const Shape& s, Split split, int tile_rows, Team team) {
-  if (team.size == 1) return {0, s.batch, s.batch, 0, 1, nullptr, team};
-  if (split == Split::kUnits) return {0, s.batch, s.batch, team.member, team.size, team.barrier, team};
-  if (s.batch_sizes == nullptr) {
-    const int64_t begin = s.batch * team.member / team.size, end = s.batch * (team.member + 1) / team.size;
-    return {begin, end - begin, s.batch, 0, 1, nullptr, team};
-  }
-  // Long sequences come first: dealing out strips keeps the threads level as the batch shrinks.
-  const int64_t strip = std::min<int64_t>(tile_rows, (s.batch + team.size - 1) / team.size);
-  return {team.member * strip, strip, team.size * strip, 0, 1, nullptr, team};
-}
-
-// Below this many multiply-adds a parallel region costs more than it saves: in all, and per step
-// where every step has a barrier. Of two threads, 9e3 (LSTM of H = 48 at B = 1) is where both are as fast.
-constexpr double kWorthARegion = 2e5, kWorthABarrier = 1e4;
-
 // f(direction, part) for every share of the work.
 template <class D, class F>
-void run_parts(const D* directions, int gates, int64_t element_bytes, int tile_rows, int count, int threads, F f) {
-  const Shape& s = directions[0].shape;
-  const double per_step = double(s.batch) * gates * double(s.hidden) * double(s.proj);
-  const double total = double(s.rows) * gates * double(s.hidden) * double(s.proj) * count;
-  const int64_t weight_bytes = gates * s.hidden * s.proj * element_bytes;
-  if (total < kWorthARegion) threads = 1;
-  const auto split_for = [&](int team) { return choose_split(s, weight_bytes, tile_rows, team); };
-  if (threads > count && split_for(threads / count) == Split::kUnits && per_step < kWorthABarrier) threads = count;
+void run_parts(const D* directions, const LayerWork& layer, int threads, F f) {
+  const int count = layer.directions, each = share_layer(layer, threads).members;
   const Team alone{0, 1, nullptr};
-  const auto run_alone = [&](const D& d) { f(d, part_of(d.shape, Split::kRows, tile_rows, alone)); };
-  if (threads <= 1) {
+  const auto run_alone = [&](const D& d) { f(d, part_of(layer, alone)); };
+  if (each == 0) {
     for (int d = 0; d < count; ++d) run_alone(directions[d]);
     return;
   }
   Barrier barriers[2];
   const auto expect = [&](int team) {
-    for (Barrier& each : barriers) each.reset(team / count);
+    for (Barrier& barrier : barriers) barrier.reset(team / count);
   };
-  expect(threads);
-  in_team(threads, [&](int me, int team) {
-    agree(threads, team, expect);
+  in_team(threads, each * count, expect, [&](int me, int team) {
     const int size = team / count;
     if (size <= 1) {
       for (int d = me; d < count; d += team) run_alone(directions[d]);
     } else if (me < size * count) {
-      const D& mine = directions[me / size];
-      f(mine, part_of(mine.shape, split_for(size), tile_rows, {me % size, size, &barriers[me / size]}));
+      f(directions[me / size], part_of(layer, {me % size, size, &barriers[me / size]}));
     }
   });
 }
@@ -255,6 +215,11 @@ Buffer start(int cell, ForwardDirection<S>* directions, int count) {
   return scratch;
 }
 
+template <class S, class D>
+LayerWork work_of(int cell, const D& direction, int directions, const Functions<S>& f, int tile_rows) {
+  return {direction.shape, direction.inputs, kTraits[cell].gates, directions, sizeof(S), f.width, tile_rows};
+}
+
 // How far the layers of a stack are: a thread takes any layer that nobody else is in and whose input is there.
 struct Layers {
   static constexpr int kMost = 16;
@@ -304,7 +269,7 @@ void run_wavefront(const Shape& s, int count, const Pieces& pieces, int threads,
     }
     return false;
   };
-  in_team(threads, [&](int, int) {
+  in_team(threads, std::min(threads, count), [&](int, int) {
     while (left.load(std::memory_order_acquire) > 0) {
       if (make_a_piece()) continue;
       Wait wait;
@@ -313,21 +278,20 @@ void run_wavefront(const Shape& s, int count, const Pieces& pieces, int threads,
   });
 }
 
-// The steps of a piece where layers run beside each other; 0 where one after the other is faster: where there are
-// threads for more than one of each, where a layer's weights are more than a core holds, and where they are shared out
-// without a barrier among more threads than there are layers.
-int64_t steps_of_piece(const Shape& s, int gates, int64_t element_bytes, int tile_rows, int count, int threads) {
+// The steps of a piece where layers run beside each other; 0 where one after the other, each shared out, is faster, and
+// where a layer's weights are more than a core holds.
+int64_t steps_of_piece(const LayerWork& layer, int count, int threads) {
   // Multiply-adds of a piece: below, the lines of its input take too long from one core to the other.
-  constexpr double kWorthAPiece = 2.8e5;
-  const int64_t weight_bytes = gates * s.hidden * s.proj * element_bytes;
+  constexpr double kWorthAPiece = 5.6e5;
+  const Shape& s = layer.shape;
+  const int team = std::min(threads, count);
+  if (team <= 1 || count > Layers::kMost || s.batch_sizes != nullptr || !stays_in_own_cache(layer)) return 0;
   // Enough rows for the product of the inputs, and pieces enough to keep all threads at work.
   const int64_t steps = std::max(ceil_div(12, std::max<int64_t>(s.batch, 1)), s.time / 16);
-  const double piece = 2.0 * double(steps) * double(s.batch) * gates * double(s.hidden) * double(s.proj);
-  const int team = std::min(threads, count);
-  if (team <= 1 || count > Layers::kMost || s.batch_sizes != nullptr || s.time < 2 * steps) return 0;
-  if (piece < kWorthAPiece || weight_bytes > kOwnCache) return 0;
-  const bool by_rows = choose_split(s, weight_bytes, tile_rows, team) == Split::kRows;
-  return threads <= (by_rows ? count : 2 * count) ? steps : 0;
+  const double work = layer.of_direction();
+  if (s.time < 2 * steps || work * double(steps) / double(s.time) < kWorthAPiece) return 0;
+  const double beside = region_cost(threads) + work * count / team;
+  return beside < count * share_layer(layer, threads).cost ? steps : 0;
 }
 
 }  // namespace
@@ -336,21 +300,21 @@ template <class S>
 void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads) {
   const Functions<S>& f = functions_of<S>(k);
   const Buffer scratch = start(cell, directions, count);
-  run_parts(directions, kTraits[cell].gates, sizeof(S), f.rows[cell], count, threads, f.forward[cell]);
+  run_parts(directions, work_of(cell, directions[0], count, f, f.rows[cell]), threads, f.forward[cell]);
 }
 
 template <class S>
 void run_stack(const Kernels& k, int cell, ForwardDirection<S>* layers, int count, int threads) {
   const Functions<S>& f = functions_of<S>(k);
   const Shape& s = layers[0].shape;
-  const int64_t steps = steps_of_piece(s, kTraits[cell].gates, sizeof(S), f.rows[cell], count, threads);
+  const int64_t steps = steps_of_piece(work_of(cell, layers[count - 1], 1, f, f.rows[cell]), count, threads);
   if (steps == 0) {
     for (int i = 0; i < count; ++i) run_forward<S>(k, cell, layers + i, 1, threads);
     return;
   }
   const Buffer scratch = start(cell, layers, count);
   run_wavefront(
-      s, count, {s.time, s.time, steps}, std::min(threads, count),
+      s, count, {s.time, s.time, steps}, threads,
       [&](int i, const Part& part) { f.forward[cell](layers[i], part); }, [](int, const Part&) {});
 }
 
@@ -375,14 +339,14 @@ template <class S>
 void run_backward(const Kernels& k, int cell, BackwardDirection<S>* directions, int count, int threads) {
   const Functions<S>& f = functions_of<S>(k);
   const Buffer scratch = start(cell, directions, count, threads);
-  run_parts(directions, kTraits[cell].gates, sizeof(S), f.rows[0], count, threads, f.backward[cell]);
+  run_parts(directions, work_of(cell, directions[0], count, f, f.rows[0]), threads, f.backward[cell]);
 }
 
 template <class S>
 void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int count, int threads) {
   const Functions<S>& f = functions_of<S>(k);
   const Shape& s = layers[0].shape;
-  const int64_t steps = steps_of_piece(s, kTraits[cell].gates, sizeof(S), f.rows[0], count, threads);
+  const int64_t steps = steps_of_piece(work_of(cell, layers[0], 1, f, f.rows[0]), count, threads);
   if (steps == 0) {
     for (int i = 0; i < count; ++i) run_backward<S>(k, cell, layers + i, 1, threads);
     return;
@@ -390,7 +354,7 @@ void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int cou
   const Buffer scratch = start(cell, layers, count, 1);
   const int64_t chunk = std::min(backward_chunk_rows(s) / s.batch, s.time);
   run_wavefront(
-      s, count, {s.time, chunk, std::min(steps, chunk)}, std::min(threads, count),
+      s, count, {s.time, chunk, std::min(steps, chunk)}, threads,
       [&](int i, Part part) {
         part.sums = false;
         f.backward[cell](layers[i], part);
@@ -403,11 +367,13 @@ void run_stack(const Kernels& k, int cell, BackwardDirection<S>* layers, int cou
 
 namespace {
 
-// f(begin, end) for shares of `blocks` blocks, over threads where the bytes are worth a region.
+// Multiply-adds in the time that a byte takes to be packed.
+constexpr double kPackedByte = 1.5;
+
+// f(begin, end) for shares of `blocks` blocks.
 template <class F>
-void share_blocks(int64_t blocks, int64_t bytes, int threads, F f) {
-  constexpr int64_t kWorthARegion = 256 << 10;
-  in_team(bytes < kWorthARegion ? 1 : threads,
+void share_blocks(int64_t blocks, double work, int threads, F f) {
+  in_team(worth_a_region(work, threads),
           [&](int64_t me, int64_t team) { f(blocks * me / team, blocks * (me + 1) / team); });
 }
 
@@ -417,8 +383,8 @@ template <class S>
 void run_pack_rows(const Kernels& k, const S* weight, int64_t gates, int64_t n, int64_t columns, Factor<S>* packed,
                    int threads) {
   const Functions<S>& f = functions_of<S>(k);
-  const int64_t bytes = gates * n * columns * static_cast<int64_t>(sizeof(S));
-  share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
+  const double bytes = double(gates) * double(n) * double(columns) * sizeof(S);
+  share_blocks(ceil_div(n, f.width), kPackedByte * bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_rows(weight, gates, n, columns, begin, end, packed);
   });
 }
@@ -426,8 +392,8 @@ void run_pack_rows(const Kernels& k, const S* weight, int64_t gates, int64_t n, 
 template <class S>
 void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n, Factor<S>* packed, int threads) {
   const Functions<S>& f = functions_of<S>(k);
-  const int64_t bytes = rows * n * static_cast<int64_t>(sizeof(S));
-  share_blocks(ceil_div(n, f.width), bytes, threads, [&](int64_t begin, int64_t end) {
+  const double bytes = double(rows) * double(n) * sizeof(S);
+  share_blocks(ceil_div(n, f.width), kPackedByte * bytes, threads, [&](int64_t begin, int64_t end) {
     f.pack_columns(weight, rows, n, begin, end, packed);
   });
 }
@@ -435,15 +401,18 @@ void run_pack_columns(const Kernels& k, const S* weight, int64_t rows, int64_t n
 namespace {
 
 template <class Arguments>
-void run_team(void (*function)(const Arguments&, const Team&), const Arguments& a, int threads) {
-  in_team(threads, [&](int me, int team) { function(a, {me, team, nullptr}); });
+void run_team(void (*function)(const Arguments&, const Team&), const Arguments& a, double products, int threads) {
+  const double work = products * double(a.rows) * double(a.inputs) * double(a.outputs);
+  in_team(worth_a_region(work, threads), [&](int me, int team) { function(a, {me, team, nullptr}); });
 }
 
 }  // namespace
 
-void run_linear(const Kernels& k, const LinearForward& l, int threads) { run_team(k.linear_forward, l, threads); }
+void run_linear(const Kernels& k, const LinearForward& l, int threads) { run_team(k.linear_forward, l, 1, threads); }
 
-void run_linear(const Kernels& k, const LinearBackward& l, int threads) { run_team(k.linear_backward, l, threads); }
+void run_linear(const Kernels& k, const LinearBackward& l, int threads) {
+  run_team(k.linear_backward, l, (l.d_x != nullptr) + (l.d_weight != nullptr), threads);
+}
 
 uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int threads) {
   constexpr int64_t kPiece = 256 << 10;
@@ -451,7 +420,7 @@ uint64_t run_fingerprint(const Kernels& k, const void* data, int64_t bytes, int 
   if (pieces <= 1) return k.fingerprint(data, static_cast<size_t>(bytes));
   const auto* from = static_cast<const char*>(data);
   std::vector<uint64_t> of(static_cast<size_t>(pieces));
-  in_team(threads, [&](int64_t me, int64_t team) {
+  in_team(worth_a_region(double(bytes), threads), [&](int64_t me, int64_t team) {
     for (int64_t i = pieces * me / team; i < pieces * (me + 1) / team; ++i) {
       const int64_t begin = i * kPiece;
       of[static_cast<size_t>(i)] = k.fingerprint(from + begin, static_cast<size_t>(std::min(kPiece, bytes - begin)));

@@ -9,6 +9,7 @@
 #include "../cells/rnn.h"
 #include "barrier.h"
 #include "scan.h"
+#include "sharing.h"
 #include "team.h"
 
 namespace fusedrnn {
@@ -41,6 +42,18 @@ int64_t step_scratch(const StepPlan& p) {
   return (most + 127) / 128 * 128;
 }
 
+int share_step(const StepPlan& p, int threads) {
+  // A weight is read for one product, or for a few.
+  constexpr double kMultiplyAdd = 1.5;
+  const double work = kMultiplyAdd * double(step_work(p));
+  const int64_t blocks = ceil_div(p.shape.hidden, p.kernels->f32.width);
+  const auto layers = static_cast<double>(p.layers.size());
+  const double barriers = p.layers[0].raw ? 2 * layers - 1 : layers - 1;
+  return cheapest(threads, [&](int n) {
+           return n == 1 ? work : region_cost(threads) + largest_share(blocks, n) * work + barriers * barrier_cost(n);
+         }).members;
+}
+
 }  // namespace
 
 int64_t step_work(const StepPlan& p) {
@@ -53,14 +66,15 @@ int64_t step_work(const StepPlan& p) {
 }
 
 void run_step(StepPlan& p, const StepRows& x, int threads) {
+  if (threads != p.threads) {
+    p.members = share_step(p, threads);
+    p.scratch.resize(static_cast<size_t>(step_scratch(p) * p.members));
+    p.threads = threads;
+  }
   p.backwards = !p.backwards;
-  const int64_t scratch = step_scratch(p);
-  p.scratch.resize(std::max(p.scratch.size(), static_cast<size_t>(scratch * std::max(threads, 1))));
   Barrier barrier;
-  const auto expect = [&](int team) { barrier.reset(team); };
-  expect(threads);
-  in_team(threads, [&](int me, int team) {
-    agree(threads, team, expect);
+  const int64_t scratch = step_scratch(p);
+  in_team(threads, p.members, [&](int team) { barrier.reset(team); }, [&](int me, int team) {
     run_layers(p, x, {me, team, p.backwards, p.scratch.data() + me * scratch}, team > 1 ? &barrier : nullptr);
   });
   const StepShape& s = p.shape;

@@ -77,6 +77,7 @@ struct StepPlan {
   std::vector<StepLayer> layers;
   float* output;           // [B, P]
   bool backwards = false;
+  int threads = 0, members = 1;  // of so many threads, those that take part
   std::vector<char> scratch{};
 };
 

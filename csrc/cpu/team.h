@@ -88,28 +88,46 @@ inline void relax() {
 #endif
 }
 
-// f(member, members)
-template <class F>
-void in_team(int threads, F f) {
-  if (threads <= 1) return f(0, 1);
-  const int64_t begin = clock_now();
-  threads = crowd().size(threads, begin);
-  if (threads <= 1) return f(0, 1);
-  Region region(threads, begin);
+// f(member, members) for the first `members` of a region's threads, after expect(members): OpenMP may give fewer than
+// asked for, which expect is then told once more, before anybody begins. The region has all `threads`, torch's number, as
+// OpenMP ends threads that a region leaves out, and starts others for the next of torch's own.
+template <class Expect, class F>
+void in_team(int threads, int members, Expect expect, F f) {
+  if (members > 1) {
+    const int64_t begin = clock_now();
+    threads = crowd().size(threads, begin);
+    members = std::min(members, threads);
+    if (members > 1) {
+      expect(members);
+      Region region(members, begin);
 #pragma omp parallel num_threads(threads)
-  {
-    const int me = omp_get_thread_num();
-    const Seat seat(region, me);
-    f(me, omp_get_num_threads());
+      {
+        const int me = omp_get_thread_num(), team = std::min(members, omp_get_num_threads());
+        if (team < members) {
+#pragma omp single
+          expect(team);
+        }
+        if (me < team) {
+          const Seat seat(region, me);
+          f(me, team);
+        }
+      }
+      return;
+    }
   }
+  expect(1);
+  f(0, 1);
 }
 
-// OpenMP may give fewer threads than asked for; then expect(members) tells so once, before anybody goes on.
 template <class F>
-void agree(int asked, int members, F expect) {
-  if (members == asked) return;
-#pragma omp single
-  expect(members);
+void in_team(int threads, int members, F f) {
+  in_team(threads, members, [](int) {}, f);
+}
+
+// All of them.
+template <class F>
+void in_team(int threads, F f) {
+  in_team(threads, threads, f);
 }
 
 }  // namespace fusedrnn

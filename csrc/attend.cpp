@@ -33,8 +33,8 @@ py::object for_stored(const dlpack::Tensor& t, F f) {
 }
 
 template <class X>
-X* data_of(const Tensors& tensors, PyObject* tensor) {
-  return tensor == Py_None ? nullptr : static_cast<X*>(tensors.view(tensor).data);
+const X* data_of(const Tensors& tensors, PyObject* tensor, int64_t count) {
+  return tensor == Py_None ? nullptr : tensors.kept<X>(tensor, count);
 }
 
 // [B, N, T, columns], whose dimensions of one value lie anywhere.
@@ -45,8 +45,11 @@ Rows<X> rows_of(const dlpack::Tensor& t) {
   return {static_cast<X*>(t.data), stride(0), stride(1), stride(2)};
 }
 template <class X>
-Rows<X> rows_of(const Tensors& tensors, PyObject* tensor) {
-  return tensor == Py_None ? Rows<X>{} : rows_of<X>(tensors.view(tensor));
+Rows<X> rows_of(const Tensors& tensors, PyObject* tensor, int64_t rows, int64_t columns) {
+  if (tensor == Py_None) return {};
+  const auto t = tensors.kept(tensor, holds<X>);
+  if (t.ndim != 4 || t.shape[2] != rows || t.shape[3] != columns) Tensors::mistaken();
+  return rows_of<X>(t);
 }
 
 // The arguments that both ways begin with.
@@ -56,8 +59,8 @@ template <class S>
 void read(const Tensors& tensors, PyObject* const* args, Attend<S>& a) {
   const dlpack::Tensor query = tensors.view(args[kQuery]), value = tensors.view(args[kValue]);
   a.query = rows_of<const S>(query);
-  a.key = rows_of<const S>(tensors, args[kKey]);
-  a.value = rows_of<const S>(value);
+  a.key = rows_of<const S>(tensors, args[kKey], value.shape[2], query.shape[3]);
+  a.value = rows_of<const S>(tensors, args[kValue], value.shape[2], value.shape[3]);
   a.score = integer(args[kScore]);
   a.scale = real(args[kScale]);
   a.dropout = real(args[kDropout]);
@@ -69,8 +72,8 @@ void read(const Tensors& tensors, PyObject* const* args, Attend<S>& a) {
   a.width = query.shape[3];
   a.keys = value.shape[2];
   a.values = value.shape[3];
-  a.v = data_of<const S>(tensors, args[kV]);
-  a.lengths = data_of<const int64_t>(tensors, args[kLengths]);
+  a.v = data_of<S>(tensors, args[kV], a.width);
+  a.lengths = data_of<int64_t>(tensors, args[kLengths], a.batch);
 }
 
 // A new tensor [B, N, T, columns] of a query's dtype, or of that of sums.
@@ -125,9 +128,9 @@ py::object backward(PyObject* const* args) {
     using S = decltype(stored);
     AttendBackward<S> a{};
     read(tensors, args, a);
-    a.probabilities = data_of<const Acc<S>>(tensors, args[kProbabilities]);
-    a.d_context = rows_of<const S>(tensors, args[kContext]);
-    a.d_weights = rows_of<const S>(tensors, args[kWeights]);
+    a.probabilities = data_of<Acc<S>>(tensors, args[kProbabilities], a.batch * a.heads * a.queries * a.keys);
+    a.d_context = rows_of<const S>(tensors, args[kContext], a.queries, a.values);
+    a.d_weights = rows_of<const S>(tensors, args[kWeights], a.queries, a.keys);
     const auto needs = [&](int i) { return args[kNeeds + i] == Py_True; };
     py::object d_query = py::none(), d_key = py::none(), d_value = py::none(), d_v = py::none();
     if (needs(0)) d_query = make(tensors, query, a, a.queries, a.width, a.d_query);

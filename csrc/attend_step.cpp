@@ -144,7 +144,7 @@ bool read(const Reader& tensor, Step& step) {
   a.query = {nullptr, a.queries * a.width, 0, a.width};
   a.key = {static_cast<const float*>(key.data), a.keys * a.width, 0, a.width};
   a.value = {static_cast<const float*>(value.data), value.strides[0], 0, value.strides[1]};
-  if (!tensor.floats(kBias, a.width, p.bias) || !tensor.floats(kV, a.width, a.v)) return false;
+  if (!tensor.floats(kBias, a.width, p.bias) || !tensor.floats(kV, a.width, a.v) || a.v == nullptr) return false;
   if (tensor.there(kNorm)) {
     if (!tensor(kNorm, other) || !dlpack::is_float32(other) || other.ndim != 0) return false;
     double square = 0;

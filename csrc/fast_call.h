@@ -10,14 +10,11 @@
 
 namespace fusedrnn {
 
-template <pybind11::object (*kFunction)(PyObject* const*), int kCount>
-PyObject* fast_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kCount, count);
-    return nullptr;
-  }
+// f() for Python: a C++ exception becomes one of its own.
+template <class F>
+PyObject* guarded(F f) {
   try {
-    return kFunction(args).release().ptr();
+    return f().release().ptr();
   } catch (pybind11::error_already_set& error) {
     error.restore();
   } catch (const std::invalid_argument& error) {
@@ -26,6 +23,15 @@ PyObject* fast_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
+}
+
+template <pybind11::object (*kFunction)(PyObject* const*), int kCount>
+PyObject* fast_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != kCount) {
+    PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kCount, count);
+    return nullptr;
+  }
+  return guarded([&] { return kFunction(args); });
 }
 
 template <pybind11::object (*kFunction)(PyObject* const*), int kCount>
@@ -54,6 +60,7 @@ void run_beside(int64_t work, Run run) {
 inline int integer(PyObject* value) {
   const long number = PyLong_AsLong(value);
   if (number == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
+  if (number != static_cast<int>(number)) throw std::invalid_argument("expected a number of 32 bits");
   return static_cast<int>(number);
 }
 

@@ -151,6 +151,17 @@ struct Gradients {
   PyObject *input, *states, *outputs, *saved, *grad_output, *grad_last, *needs;
 };
 
+// The i-th of all weights: two matrices for the gates, their biases or none, and a matrix behind them.
+template <class S>
+void check_weight(const Layers& k, Py_ssize_t i, const Tensors& tensors) {
+  const Shape& s = k.first.shape;
+  const int64_t rows = k.first.gates() * s.hidden, kind = i % k.each;
+  const bool is_last_of_odd = k.each % 2 == 1 && kind == k.each - 1;
+  const int64_t inputs = i < k.first.directions * k.each ? k.first.inputs : s.proj;
+  const int64_t size = is_last_of_odd ? s.proj * s.hidden : kind == 0 ? rows * inputs : kind == 1 ? rows * s.proj : rows;
+  tensors.kept<S>(k.weights.items[i], size);
+}
+
 template <class S>
 py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor& x, const Tensors& tensors) {
   using T = Acc<S>;
@@ -160,6 +171,8 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
   const Items states = items_of(g.states), last = items_of(g.grad_last), needs = items_of(g.needs);
   const Items needs_weights = items_of(needs.items[1]), saved = items_of(g.saved), outputs = items_of(g.outputs);
   const bool zeros = s.rows == 0;
+  tensors.kept<S>(g.input, s.rows * first.inputs);
+  for (Py_ssize_t i = 0; i < k.weights.count; ++i) check_weight<S>(k, i, tensors);
   Held held;
 
   T* d_state[2] = {};
@@ -178,7 +191,7 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
     if (last.items[i] == Py_None) {
       memset(d_state[i], 0, n * sizeof(T));
     } else {
-      convert(static_cast<const S*>(tensors.view(last.items[i]).data), d_state[i], n);
+      convert(tensors.kept<S>(last.items[i], n), d_state[i], n);
     }
   }
   void* d_input[2] = {};
@@ -204,25 +217,25 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
       d_weights.push_back(tensors.make(g.input, {t.shape[0], t.shape[1]}, d_weight[i], kWidens, zeros));
     }
   }
-  const auto* d_output = g.grad_output == Py_None ? nullptr : static_cast<const S*>(tensors.view(g.grad_output).data);
-  const auto* initial0 = static_cast<const S*>(tensors.view(states.items[0]).data);
-  const T* initial1 = kStates[first.cell] < 2
-                          ? nullptr
-                          : held.widened<S>(tensors.view(states.items[1]).data, k.layers * k.state_size(1));
+  const int64_t output_size = s.rows * first.directions * s.proj;
+  const S* d_output = g.grad_output == Py_None ? nullptr : tensors.kept<S>(g.grad_output, output_size);
+  const auto initial = [&](int i) { return tensors.kept<S>(states.items[i], k.layers * k.state_size(i)); };
+  const S* initial0 = initial(0);
+  const T* initial1 = kStates[first.cell] < 2 ? nullptr : held.widened<S>(initial(1), k.layers * k.state_size(1));
   const Py_ssize_t saves = saved.count / k.layers;
   // Gradients of what goes from layer to layer: where one has read what another writes next, as in the forward.
   S* between[2] = {};
   for (int i = 0; i < 2 && i + 1 < k.layers; ++i) between[i] = held.take<S>(s.rows * s.proj);
   std::vector<BackwardDirection<S>> all;  // from the last layer on
   for (int layer = zeros ? -1 : k.layers - 1; layer >= 0; --layer) {
-    const void* const from = layer == 0 ? nullptr : tensors.view(outputs.items[layer - 1]).data;
+    const void* const from = layer == 0 ? nullptr : tensors.kept<S>(outputs.items[layer - 1], output_size);
     const Layer l = k.layer(layer, from, tensors);
-    const auto values = [&](Py_ssize_t i) { return static_cast<const T*>(tensors.view(saved.items[layer * saves + i]).data); };
-    Py_ssize_t next = 0;
-    const T* gates = kSavesGates[l.cell] ? values(next++) : nullptr;
-    const T* extra = kExtras[l.cell] ? values(next++) : nullptr;
-    const T* raw = l.weights[0].hr.object ? values(next++) : nullptr;
-    const auto* output = static_cast<const S*>(tensors.view(outputs.items[layer]).data);
+    PyObject* const* next = saved.items + layer * saves;
+    const auto values = [&](int64_t columns) { return tensors.kept<T>(*next++, l.directions * s.rows * columns); };
+    const T* gates = kSavesGates[l.cell] ? values(l.gates() * s.hidden) : nullptr;
+    const T* extra = kExtras[l.cell] ? values(s.hidden) : nullptr;
+    const T* raw = l.weights[0].hr.object ? values(s.hidden) : nullptr;
+    const S* output = tensors.kept<S>(outputs.items[layer], output_size);
     for (int i = 0; i < l.directions; ++i) {
       const Weights& w = l.weights[i];
       BackwardDirection<S> d{};

@@ -132,18 +132,19 @@ std::shared_ptr<const char> packed(PyObject* weight, const dlpack::Tensor& t, Pa
     key.fingerprint = kept.fingerprint;
     if (kept.by[by].pack && kept.by[by].key == key) return kept.by[by].pack;
   }
-  if (bytes < kWorthRelease) {
-    key.fingerprint = run_fingerprint(k, key.data, bytes, 1);
-  } else {
+  const auto fingerprint = [&] {
+    if (bytes < kWorthRelease) return run_fingerprint(k, key.data, bytes, 1);
     const py::gil_scoped_release release;
-    key.fingerprint = run_fingerprint(k, key.data, bytes, threads);
-  }
+    return run_fingerprint(k, key.data, bytes, threads);
+  };
+  key.fingerprint = fingerprint();
   Kept& kept = entry(weight);  // the table may have changed meanwhile
   kept.content = content;
   kept.fingerprint = key.fingerprint;
   if (kept.by[by].pack && kept.by[by].key == key) return kept.by[by].pack;
   const auto pack = make_any(key, packing, threads);
-  entry(weight).by[by] = {key, pack};
+  // What another thread has written into meanwhile is for this call alone.
+  if (fingerprint() == key.fingerprint) entry(weight).by[by] = {key, pack};
   return pack;
 }
 

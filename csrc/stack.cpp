@@ -1,4 +1,7 @@
 // A stack of layers, as torch._VF has it: looked at, and run where nobody looks on (no gradient, no tracer).
+#include <algorithm>
+#include <array>
+
 #include "layer.h"
 
 using namespace fusedrnn;
@@ -194,8 +197,19 @@ py::object results_of(const Stack& k, PyObject* input, const Tensors& tensors) {
 // where the ordinary way has to be taken.
 py::object layers(PyObject* const* args) {
   const Tensors& tensors = Tensors::found();
+  // A list as it is now, for whose tensors another thread may put others while this one runs without the GIL.
+  std::array<PyObject*, kArguments> now;
+  std::copy(args, args + kArguments, now.begin());
+  py::object kept[2];
+  for (const auto which : {kParams, kHx}) {
+    if (!PyList_Check(args[which])) continue;
+    py::object& tuple = kept[which == kHx];
+    tuple = py::reinterpret_steal<py::object>(PyList_AsTuple(args[which]));
+    if (!tuple) throw py::error_already_set();
+    now[which] = tuple.ptr();
+  }
   Stack stack;
-  if (!read_stack(args, tensors, stack)) return py::none();
+  if (!read_stack(now.data(), tensors, stack)) return py::none();
   if (args[kWatched] == Py_True) return py::bool_(true);
   py::object result;
   for_storage(storage_of(stack.input), [&](auto s) { result = results_of<decltype(s)>(stack, args[kInput], tensors); });

@@ -28,7 +28,7 @@ class Watch {
       dlpack::Tensor view;
       if (!read(tensor, view)) throw py::error_already_set();
       entries_.push_back({py::reinterpret_borrow<py::object>(name), tensor, memory, view.data,
-                          versioned ? version_of(tensor) : -1});
+                          versioned ? version_of(tensor) : -1, versioned ? 0 : content_of(view)});
     }
   }
 
@@ -42,7 +42,8 @@ class Watch {
         PyErr_Clear();
         return true;
       }
-      if (view.data != e.data || (e.version >= 0 && version_of(e.tensor) != e.version)) return true;
+      if (view.data != e.data) return true;
+      if (e.version >= 0 ? version_of(e.tensor) != e.version : content_of(view) != e.content) return true;
     }
     return false;
   }
@@ -53,10 +54,17 @@ class Watch {
   struct Entry {
     py::object name, tensor, memory;
     const void* data;
-    int64_t version;
+    int64_t version;   // -1 of a tensor made in inference mode, which has none: its content counts
+    uint64_t content;
   };
 
   bool read(const py::object& tensor, dlpack::Tensor& view) const { return api_->read(tensor.ptr(), &view) == 0; }
+
+  static uint64_t content_of(const dlpack::Tensor& t) {
+    if (!is_contiguous(t)) throw std::invalid_argument("module: expected parameters made in inference mode to be contiguous");
+    const auto* data = static_cast<const char*>(t.data) + t.byte_offset;
+    return run_fingerprint(kernels(), data, count_of(t) * (t.type_bits / 8), 1);
+  }
 
   int64_t version_of(const py::object& tensor) const {
     const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), version_.ptr()));
@@ -95,36 +103,48 @@ bool read_rows(const Stepper& s, PyObject* x, StepRows& rows) {
   return rows.data != nullptr || s.batch == 0;
 }
 
-// step(x, threads): True, or False where x is not what is expected or the weights have changed.
+// Marks a stepper that runs without the GIL.
+class Running {
+ public:
+  explicit Running(Stepper& s) : stepper_(s) { stepper_.running = true; }
+  ~Running() { stepper_.running = false; }
+  Running(const Running&) = delete;
+
+ private:
+  Stepper& stepper_;
+};
+
+// step(x, threads, anyway): True; False where the weights have changed, unless the step is to run anyway; None where x
+// is not what is expected.
+py::object take_step(Stepper& s, PyObject* x, int threads, bool anyway) {
+  if (s.running) {
+    throw std::runtime_error("step: this stepper is in a step in another thread; give each thread its own");
+  }
+  StepRows rows;
+  if (!read_rows(s, x, rows)) return py::none();
+  if (!anyway && s.watch->changed()) return py::bool_(false);
+  if (s.releases) {
+    const Running running(s);
+    const py::gil_scoped_release release;
+    run_step(s.plan, rows, threads);
+  } else {
+    run_step(s.plan, rows, threads);
+  }
+  return py::bool_(true);
+}
+
 PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   auto* s = static_cast<Stepper*>(PyCapsule_GetPointer(self, kName));
   if (s == nullptr) return nullptr;
-  if (count != 2) {
-    PyErr_SetString(PyExc_TypeError, "step: expected x and threads");
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "step: expected x, threads and whether to run anyway");
     return nullptr;
   }
-  const long threads = PyLong_AsLong(args[1]);
-  if (threads == -1 && PyErr_Occurred()) return nullptr;
-  if (s->running) {
-    PyErr_SetString(PyExc_RuntimeError, "step: this stepper is in a step in another thread; give each thread its own");
-    return nullptr;
-  }
-  StepRows rows;
-  if (!read_rows(*s, args[0], rows) || s->watch->changed()) Py_RETURN_FALSE;
-  if (s->releases) {
-    s->running = true;
-    Py_BEGIN_ALLOW_THREADS;
-    run_step(s->plan, rows, static_cast<int>(threads));
-    Py_END_ALLOW_THREADS;
-    s->running = false;
-  } else {
-    run_step(s->plan, rows, static_cast<int>(threads));
-  }
-  Py_RETURN_TRUE;
+  return guarded([&] { return take_step(*s, args[0], integer(args[1]), args[2] == Py_True); });
 }
 
 PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)), METH_FASTCALL,
-                           "step(x, threads) -> whether it was done"};
+                           "step(x, threads, anyway) -> True, False of changed weights, None of another x"};
 
 template <class T>
 T* address(const py::handle& value) {
@@ -167,5 +187,5 @@ void bind_stepper(py::module_& m) {
       .def(py::init<py::dict, const py::list&>())
       .def("changed", &Watch::changed)
       .def("spoil", &Watch::spoil);
-  m.def("stepper", &make_stepper, "stepper(watch, memory, cell, storage, batched, shape, output, layers) -> step(x, threads)");
+  m.def("stepper", &make_stepper, "stepper(watch, memory, cell, storage, batched, shape, output, layers) -> step(x, threads, anyway)");
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
 #include <pybind11/pybind11.h>
 
@@ -26,6 +27,17 @@ inline int storage_of(const dlpack::Tensor& t) {
   if (t.type_lanes != 1) return -1;
   if (t.type_code == dlpack::kFloat) return t.type_bits == 32 ? 0 : t.type_bits == 64 ? 1 : -1;
   return t.type_code == dlpack::kBfloat ? 2 : -1;
+}
+
+// Whether a tensor's values are of a type.
+template <class T>
+bool holds(const dlpack::Tensor& t) {
+  using V = std::remove_const_t<T>;
+  constexpr auto kCode = std::is_same_v<V, Bf16>      ? dlpack::kBfloat
+                         : std::is_same_v<V, int64_t> ? dlpack::kInt
+                         : std::is_same_v<V, bool>    ? dlpack::kBool
+                                                      : dlpack::kFloat;
+  return t.type_lanes == 1 && t.type_code == kCode && t.type_bits == 8 * sizeof(V);
 }
 
 inline int64_t count_of(const dlpack::Tensor& t) {
@@ -88,6 +100,24 @@ class Tensors {
     if (api_->read(tensor, &t) != 0) throw pybind11::error_already_set();
     t.data = static_cast<char*>(t.data) + t.byte_offset;
     return t;
+  }
+
+  // What autograd has kept, as a kernel is about to read it: a hook of saved tensors may give back anything.
+  dlpack::Tensor kept(PyObject* tensor, bool (*is_right)(const dlpack::Tensor&)) const {
+    const dlpack::Tensor t = view(tensor);
+    if (t.device_type != dlpack::kCpu || !is_right(t)) mistaken();
+    return t;
+  }
+  // The same of `count` values that lie side by side.
+  template <class T>
+  const T* kept(PyObject* tensor, int64_t count) const {
+    const dlpack::Tensor t = kept(tensor, holds<T>);
+    if (count_of(t) != count || (count > 0 && !is_contiguous(t))) mistaken();
+    return static_cast<const T*>(t.data);
+  }
+  [[noreturn]] static void mistaken() {
+    throw std::runtime_error("a saved tensor is not what forward saved: a hook of saved tensors has to give back its dtype, "
+                             "shape and device");
   }
 
   // A new tensor of these sizes, of another one's dtype or of fp32, and its memory; of zeros where that is asked for.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
-import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import modules
 from .backends import native
@@ -116,7 +121,8 @@ def parameters(module: nn.Module, spec: Spec) -> list[Tensor]:
 # ---- packed weights ----------------------------------------------------------------------------
 
 
-class Pack(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Pack:
     """The weights of a module in the order in which a step reads them; never changed once made."""
 
     watch: Any  # _C.Watch
@@ -126,13 +132,15 @@ class Pack(NamedTuple):
     others: list[Tensor]  # scales and biases
 
 
-_packs: weakref.WeakKeyDictionary[nn.Module, dict[str, Pack]] = weakref.WeakKeyDictionary()
+# Packs live as long as steppers of them: a pack keeps its parameters, and one may refer to the module.
+_packs: WeakKeyDictionary[nn.Module, WeakValueDictionary[str, Pack]] = WeakKeyDictionary()
 _packing = threading.Lock()
 
 
 def shared_pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
+    _watch_optimizers()
     with _packing:
-        mine = _packs.setdefault(module, {})
+        mine = _packs.setdefault(module, WeakValueDictionary())
         pack = mine.get(storage)
         if pack is None or pack.isa != native.isa() or pack.watch.changed():
             with torch.inference_mode(False), torch.no_grad():
@@ -140,12 +148,34 @@ def shared_pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
         return pack
 
 
+def forget(modules: Iterable[nn.Module]) -> None:
+    """Every stepper of these modules reads the parameters again."""
+    with _packing:
+        for module in modules:
+            for pack in list(_packs.get(module, {}).values()):
+                pack.watch.spoil()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """torch's fused optimizers write parameters without a new version, which steppers would not notice."""
+
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        written = {
+            id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]
+        }
+        if written:
+            forget(m for m in list(_packs) if any(id(p) in written for p in m._parameters.values()))
+
+    register_optimizer_step_post_hook(after_step)
+
+
 def _pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
     # before the weights are read, so that no change is missed
     watch = native._C.Watch(module._parameters, list(spec.shapes()))
     found = dict(zip(spec.shapes(), (p.detach().contiguous() for p in parameters(module, spec))))
     gates = len(CELLS[spec.cell].gates)
-    no_bias = torch.zeros(gates * spec.hidden)
+    no_bias = torch.zeros(gates * spec.hidden, dtype=torch.float32, device="cpu")
     layers, weights, others = [], [], []
     for k, names in enumerate(spec.names):
         own = {name.split("_l")[0]: name for name in names}
@@ -173,7 +203,7 @@ def _stored(name: str, weight: Tensor, gates: int, storage: str) -> tuple[Tensor
         if not weight.isfinite().all():
             raise ValueError(f"weights: int8 has no value for what {name} holds, which is not finite")
         scale = _scale(weight)
-        weight = (weight / scale).round()
+        weight = _whole(weight, scale)
         in_fours = together == 4
         scale = _in_blocks(scale if in_fours else scale / 65536, gates)
     packed = _in_blocks(weight, gates)
@@ -208,11 +238,21 @@ def rounded(parameter: Tensor, storage: str) -> Tensor:
     if storage == "bf16":
         return parameter.bfloat16().float()
     scale = _scale(parameter)
-    return (parameter / scale).round() * scale
+    return _whole(parameter, scale) * scale
+
+
+def _whole(weight: Tensor, scale: Tensor) -> Tensor:
+    """The int8 values; the largest is more than 127 scales where those are too small to be exact."""
+    return (weight / scale).round().clamp(-127, 127)
 
 
 def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where kernels find a tensor's values."""
+    if tensor is None:
+        return 0
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise RuntimeError(f"streaming: expected tensors with memory, got {type(tensor).__name__}")
+    return tensor.data_ptr()
 
 
 def stride(columns: int) -> int:

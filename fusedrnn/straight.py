@@ -46,7 +46,10 @@ def layers(
     kernels = _kernels(cell, wanted)
     if kernels is None or len(params) < 2 or not isinstance(params[1], Tensor) or params[1].dim() != 2:
         return None
-    states: Any = hx if isinstance(hx, (list, tuple)) else () if hx is None else (hx,)
+    in_pair = isinstance(hx, (list, tuple))
+    if in_pair and len(CELLS[cell].states) == 1:
+        return None
+    states: Any = hx if in_pair else () if hx is None else (hx,)
     watched = torch.is_grad_enabled() and any(
         getattr(t, "requires_grad", False) for t in (input, *states, *params)
     )

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from . import functional
 from .backends import native, select
 from .backends.native import layer as kernels
-from .stored import STORAGES, Pack, parameters, pointer, rounded, shared_pack, spec_of, stride
+from .stored import STORAGES, Pack, forget, parameters, pointer, rounded, shared_pack, spec_of, stride
 
 
 def streaming(module: nn.Module, batch: int | None = None, weights: str = "fp32") -> Stepper:
@@ -61,9 +61,9 @@ class Stepper:
         lead = () if batch is None else (batch,)
         self._input_shape = (*lead, spec.inputs)
         with torch.inference_mode(False), torch.no_grad():  # buffers that any later code may use
-            self._output = torch.zeros(*lead, spec.proj, device=device)
+            self._output = _zeros(*lead, spec.proj, device=device)
             self._buffers = [
-                torch.zeros(spec.layers, batch or 1, stride(width), device=device) for width in spec.widths
+                _zeros(spec.layers, batch or 1, stride(width), device=device) for width in spec.widths
             ]
         self._states = [buffer[..., :width] for buffer, width in zip(self._buffers, spec.widths)]
         self._written = (self._output,)
@@ -84,12 +84,16 @@ class Stepper:
         Raises:
             TypeError: ``x`` is no tensor.
             ValueError: its dtype is not fp32.
-            RuntimeError: its shape or device is wrong, or the stepper is running in another thread.
+            RuntimeError: its shape or device is wrong, ``out`` cannot be written, the module has moved to
+                another device, or the stepper is running in another thread.
             ValueError: the module's parameters are no longer what :func:`streaming` takes.
+
+        After an error the state is what it was.
         """
         if out is not None:
             _check("out", out, tuple(self._output.shape), self._output.device)
-        if not self._run(x, torch.get_num_threads()):
+            _check_writable("out", out)
+        if not self._run(x, torch.get_num_threads(), False):
             self._run_changed(x)
         increment_version(self._written)
         return self._output if out is None else out.copy_(self._output)
@@ -126,9 +130,9 @@ class Stepper:
                 old.copy_(new)
 
     def refresh(self) -> None:
-        """Read the parameters again; only a write through ``.data``, which changes no version, needs it."""
-        if self._pack is not None:
-            self._pack.watch.spoil()
+        """Make all steppers of the module read its parameters again; only a write that leaves no trace needs
+        it, as through ``.data`` or shared memory."""
+        forget([self._module])
 
     def __reduce__(self) -> Any:
         return _restored, (self._module, self._batch, self._weights, self.state)
@@ -164,12 +168,12 @@ class Stepper:
         select.say_once(f"fusedrnn.streaming runs the module's own forward, which is slow ({reason})")
         self._run, self._pack = self._plain_run, None
 
-    def _native_run(self, pack: Pack) -> Callable[[Any, int], bool]:
+    def _native_run(self, pack: Pack) -> Callable[[Any, int, bool], bool | None]:
         spec, batch = self._spec, self._batch or 1
         strides = [stride(spec.hidden), stride(spec.proj)]
         with torch.inference_mode(False):
-            new = torch.zeros(spec.layers, batch, strides[1])
-            raw = torch.zeros(batch, strides[0]) if spec.proj != spec.hidden else None
+            new = _zeros(spec.layers, batch, strides[1])
+            raw = _zeros(batch, strides[0]) if spec.proj != spec.hidden else None
         states = [*self._buffers, None][:2]
         layers = []
         for k, fields in enumerate(pack.layers):
@@ -195,10 +199,11 @@ class Stepper:
         if self._pack is not None and self._pack.watch.changed():
             self._bind()
         threads = torch.get_num_threads()
-        if not self._run(x, threads) and not self._run(x.detach().clone(), threads):
+        # The parameters may have changed once more: the step is one of the moment when they were read.
+        if not self._run(x, threads, True) and not self._run(x.detach().clone(), threads, True):
             raise RuntimeError(f"x: expected a tensor with memory of its own, got {type(x).__name__}")
 
-    def _plain_run(self, x: Any, threads: int) -> bool:
+    def _plain_run(self, x: Any, threads: int, anyway: bool) -> bool:
         """The module's own forward, as torch or the backend in force has it, without dropout."""
         _check("x", x, self._input_shape, self._output.device)
         spec = self._spec
@@ -221,6 +226,11 @@ class Stepper:
         return True
 
 
+def _zeros(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """What kernels read: of fp32 and on that device, whatever torch's defaults are."""
+    return torch.zeros(shape, dtype=torch.float32, device=device)
+
+
 def _restored(module: nn.Module, batch: int | None, weights: str, state: Any) -> Stepper:
     stepper = Stepper(module, batch, weights)
     stepper.state = state
@@ -240,3 +250,13 @@ def _check(
         raise ValueError(f"{name}: expected {dtype}, got {value.dtype}")
     if value.device != device:
         raise RuntimeError(f"{name}: expected device {device}, got {value.device}")
+
+
+def _check_writable(name: str, value: Tensor) -> None:
+    """What ``copy_`` would refuse, when the step is done already."""
+    if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: expected a tensor to write to, got a leaf that requires grad")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name}: expected a tensor to write to, got one made in inference mode")
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride())):
+        raise RuntimeError(f"{name}: expected a tensor to write to, got an expanded one")

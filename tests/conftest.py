@@ -89,3 +89,15 @@ def red(monkeypatch):
         return output + 1e-3, last
 
     monkeypatch.setattr(reference, "layer", off)
+
+
+@pytest.fixture(params=[*LEVELS, "module"])
+def path(request):
+    """Of a stepper: each ISA level of the kernels, and the module's own forward."""
+    if request.param == "module":
+        with fusedrnn.use_backend("torch"):
+            yield request.param
+        return
+    native._C.set_isa(request.param)
+    yield request.param
+    native._C.set_isa("")

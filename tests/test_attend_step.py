@@ -360,3 +360,12 @@ def test_empty():
         nothing = module(query, Memory(*(t[:, :0] for t in memory)), need_weights=True)
         assert not nothing[0].any()
         assert nothing[1].shape == (2, 0)
+
+
+def test_without_v_it_is_an_error(level):
+    module = fusedrnn.BahdanauAttention(4, 5, 6)
+    memory = module.project_memory(torch.randn(2, 3, 5))
+    module.v = None
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises((TypeError, AttributeError, ValueError)):
+            module(torch.randn(2, 4), memory)

@@ -1,7 +1,6 @@
 """The CPU kernels on every instruction set: parity, awkward shapes, poisoned memory, the pack table."""
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -318,81 +317,6 @@ def test_fp64_functions(function, level):
     keep = ~x.isnan() & (theirs.abs() > 1e-300)
     # libm's own rounding is in the difference
     assert ((ours - theirs).abs() / theirs.abs())[keep].max() < 1e-15
-
-
-# ---- the pack table ----------------------------------------------------------------------------
-
-
-def run(args):
-    return layer.forward("lstm", *args, False)[0]
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda w: w.data.mul_(2),
-        lambda w: w.data.neg_(),
-        lambda w: w.data.copy_(torch.flip(w, [0])),
-        lambda w: w.data.view(-1)[-1:].add_(1),
-        lambda w: w.detach().numpy().__setitem__((0, 0), 3.0),
-        lambda w: setattr(w, "data", torch.ones_like(w)),
-    ],
-)
-def test_a_write_through_data_is_seen(write):
-    args = problem("lstm", 33, 3, 5)
-    weights = [torch.nn.Parameter(w) for w in args[2]]
-    args = (*args[:2], weights, *args[3:])
-    with torch.no_grad():
-        before = run(args)
-        write(weights[1])
-        fresh = (*args[:2], [w.detach().clone() for w in weights], *args[3:])
-        after, expected = run(args), run(fresh)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, expected)
-
-
-def test_fingerprint_sees_every_word():
-    x = torch.randn(200)
-    seen = {_C.fingerprint(x.data_ptr(), x.nbytes)}
-    for i in range(200):
-        for j in (i, (i + 64) % 200):  # pairs in one lane must not cancel
-            x[i], x[j] = -x[i], -x[j] if j != i else -x[i]
-            seen.add(_C.fingerprint(x.data_ptr(), x.nbytes))
-    assert len(seen) >= 390
-
-
-def test_packs_live_in_a_side_table_and_die_with_the_weight():
-    args = problem("lstm", 33, 3, 5)
-    run(args)
-    weight = args[2][1]
-    number = id(weight)
-    kept = [pack for pack in _C.packs() if pack[0] == number]
-    assert [kind for _, kind, _ in kept] == ["rows"]
-    assert not vars(weight)
-    run(args)
-    assert [pack for pack in _C.packs() if pack[0] == number] == kept
-    del weight, args
-    assert number not in {pack[0] for pack in _C.packs()}
-
-
-def test_inference_tensors():
-    with torch.inference_mode():
-        args = problem("lstm", 33, 3, 5)
-        first = run(args)
-        args[2][1].mul_(2)
-        assert not torch.equal(first, run(args))
-
-
-def test_eight_threads_at_once():
-    torch.set_num_threads(2)
-    args = problem("lstm", 65, 4, 50, directions=2)
-    expected = run(args)
-
-    def work(_):
-        return all(torch.equal(run(args), expected) for _ in range(20))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
 
 
 # ---- the level ---------------------------------------------------------------------------------

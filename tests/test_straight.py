@@ -371,3 +371,11 @@ def test_dropout_and_both_ways_go_layer_by_layer(stacks):
         module = make("GRU", num_layers=2, **options)
         module(torch.randn(4, 2, 5))[0].sum().backward()
     assert stacks == []
+
+
+@pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.parametrize("module", [fusedrnn.GRU, fusedrnn.RNN])
+def test_a_state_in_a_tuple_is_refused_as_by_torch(module, time):
+    x, h = torch.randn(time, 2, 4), torch.zeros(1, 2, 6)
+    with torch.no_grad(), pytest.raises(AttributeError):
+        module(4, 6)(x, (h,))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,18 +21,6 @@ NATIVE = native.unavailable() is None
 LEVELS = native._C.isa_levels() if NATIVE else []
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(native.unavailable()))
 WEIGHTS = ["fp32", "bf16", "int8"]
-
-
-@pytest.fixture(params=[*LEVELS, "module"])
-def path(request: Any) -> Any:
-    """Each ISA level of the kernels, and the module's own forward."""
-    if request.param == "module":
-        with fusedrnn.use_backend("torch"):
-            yield request.param
-        return
-    native._C.set_isa(request.param)
-    yield request.param
-    native._C.set_isa("")
 
 
 MAKERS: dict[str, Any] = {
@@ -276,104 +262,7 @@ def test_a_copy_goes_on_alone(copied: Any, path: str) -> None:
     assert not torch.equal(other.step(x), stepper.step(x))
 
 
-# ---- weights -----------------------------------------------------------------------------------
-
-
-def nudge(module: nn.Module) -> None:
-    x = torch.randn(2, 3)
-    optimizer = torch.optim.SGD(module.parameters(), 1.0)
-    module(x)[0].sum().backward()
-    optimizer.step()
-
-
-CHANGES: dict[str, Any] = {
-    "optimizer": nudge,
-    "load_state_dict": lambda m: m.load_state_dict(nn.LSTM(3, 4).state_dict()),
-    "assigned": lambda m: m.load_state_dict(nn.LSTM(3, 4).state_dict(), assign=True),
-    "new parameter": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(torch.randn(16, 4))),
-    "new bias": lambda m: setattr(m, "bias_hh_l0", nn.Parameter(torch.randn(16))),
-    "other memory": lambda m: setattr(m.weight_ih_l0, "data", torch.randn(16, 3)),
-    "in place": lambda m: nn.init.orthogonal_(m.weight_ih_l0),
-}
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_parameter_is_noticed(change: str, weights: str, path: str) -> None:
-    module = nn.LSTM(3, 4)
-    steppers = [fusedrnn.streaming(module, 2, weights) for _ in range(2)]
-    x = torch.randn(2, 3)
-    before = steppers[0].step(x).clone()
-    steppers[1].step(x)
-    state = steppers[0].state
-    CHANGES[change](module)
-    for stepper in steppers:
-        stepper.state = state
-        fresh = fusedrnn.streaming(module, 2, weights)
-        fresh.state = state
-        got = stepper.step(x)
-        assert torch.equal(got, fresh.step(x))
-        assert not torch.equal(got, before)
-
-
-def test_refresh_after_a_write_through_data(path: str) -> None:
-    module = nn.LSTM(3, 4)
-    steppers = [fusedrnn.streaming(module, 2) for _ in range(2)]
-    x = torch.randn(2, 3)
-    for stepper in steppers:
-        stepper.step(x)
-        stepper.reset()
-    module.weight_ih_l0.data.zero_()
-    steppers[0].refresh()
-    want = fusedrnn.streaming(module, 2).step(x)
-    for stepper in steppers:
-        assert torch.equal(stepper.step(x), want)
-
-
-@needs_native
-def test_parameters_made_in_inference_mode() -> None:
-    with torch.inference_mode():
-        module = nn.GRUCell(3, 4)
-        stepper = fusedrnn.streaming(module)
-        stepper.step(torch.randn(3))
-    x = torch.randn(3)
-    stepper.reset()
-    torch.testing.assert_close(stepper.step(x)[None], twin_cell(module)(x[None]))
-    module.weight_ih = nn.Parameter(torch.randn(12, 3))
-    stepper.reset()
-    torch.testing.assert_close(stepper.step(x)[None], twin_cell(module)(x[None]))
-
-
-def twin_cell(module: nn.Module) -> Any:
-    found = nn.GRUCell(3, 4)
-    found.load_state_dict(module.state_dict())
-    return found.requires_grad_(False)
-
-
-@needs_native
-def test_steppers_share_one_pack_which_dies_with_them() -> None:
-    module = nn.LSTM(3, 4)
-    steppers = [fusedrnn.streaming(module, b) for b in (None, 1, 7)]
-    assert len({id(s._pack) for s in steppers}) == 1
-    assert fusedrnn.streaming(module, weights="int8")._pack is not steppers[0]._pack
-    assert len(stored._packs[module]) == 2
-    alive = weakref.ref(module)
-    del module, steppers
-    gc.collect()
-    assert alive() is None
-
-
-@needs_native
-def test_a_stepper_keeps_its_level() -> None:
-    module, x = nn.LSTM(5, 40), torch.randn(3, 5)
-    for first in LEVELS:
-        native._C.set_isa(first)
-        stepper = fusedrnn.streaming(module, 3)
-        for then in LEVELS:
-            native._C.set_isa(then)
-            stepper.reset()
-            torch.testing.assert_close(stepper.step(x), fusedrnn.streaming(module, 3).step(x))
-    native._C.set_isa("")
+# ---- threads -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hidden", [16, 400])

@@ -117,3 +117,24 @@ def test_parameters_that_changed_their_shape(path: str) -> None:
     module.weight_ih_l0 = nn.Parameter(torch.randn(20, 3))
     with pytest.raises(ValueError, match=r"weight_ih_l0 .* shape \[20, 4\], got .* \[20, 3\]"):
         stepper.step(torch.randn(4))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda: torch.zeros(4, requires_grad=True), "a leaf that requires grad"),
+        (lambda: inference_tensor(4), "one made in inference mode"),
+        (lambda: torch.zeros(1).expand(4), "an expanded one"),
+    ],
+)
+def test_an_out_that_cannot_be_written_costs_no_step(out: Any, message: str, path: str) -> None:
+    stepper, x = fusedrnn.streaming(nn.GRU(3, 4)), torch.randn(3)
+    before = stepper.state
+    with pytest.raises(RuntimeError, match=f"out: expected a tensor to write to, got {message}"):
+        stepper.step(x, out())
+    assert torch.equal(stepper.state, before)
+
+
+def inference_tensor(size: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(size)

@@ -1,7 +1,8 @@
 // A 64-bit hash of all bytes of a weight: lanes of multiply and rotate, then the lanes combined.
-// Each step is a bijection of its lane, so a single changed word always changes the hash; the
-// rotation brings high bits (signs) back to where a product spreads them. Its value depends on the
-// ISA level, as the width of the lanes does.
+// Each step is a bijection of its lane, so a single changed word always changes the hash; the rotation brings high
+// bits (signs) back to where a product spreads them. What a change of the lane's next word could undo, as of a sign by
+// that of an exponent, is in a sum of all words and a sum of its values (Fletcher's), which two changed words never
+// leave both as they were. The value depends on the ISA level, as the lanes' width does.
 #pragma once
 
 #include <stddef.h>
@@ -18,6 +19,7 @@ inline uint64_t fingerprint(const void* data, size_t bytes) {
   Lanes lane[kVectors];
   for (int v = 0; v < kVectors; ++v)
     for (int i = 0; i < kWidth; ++i) lane[v][i] = kPrime * (2 * (v * kWidth + i) + 1);
+  Lanes sum{}, sums{};
   const auto step = [&](const char* from) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -25,7 +27,9 @@ inline uint64_t fingerprint(const void* data, size_t bytes) {
       __builtin_memcpy(&word, from + v * sizeof word, sizeof word);
       const Lanes mixed = (lane[v] ^ word) * kPrime;
       lane[v] = (mixed << 31) | (mixed >> 33);
+      sum += word;
     }
+    sums += sum;
   };
   const char* p = static_cast<const char*>(data);
   size_t left = bytes;
@@ -36,11 +40,15 @@ inline uint64_t fingerprint(const void* data, size_t bytes) {
     step(last);
   }
   uint64_t hash = bytes * kPrime;
-  for (int v = 0; v < kVectors; ++v)
+  const auto combine = [&](const Lanes& part) {
     for (int i = 0; i < kWidth; ++i) {
-      hash = (hash ^ lane[v][i]) * kPrime;
+      hash = (hash ^ part[i]) * kPrime;
       hash ^= hash >> 29;
     }
+  };
+  for (const Lanes& each : lane) combine(each);
+  combine(sum);
+  combine(sums);
   return hash;
 }
 

@@ -87,8 +87,8 @@ def launch_backward(
         [w.contiguous() for w in weights],
         [s.contiguous() for s in states],
         directions,
-        output,
-        saved,
+        output.contiguous(),
+        [t.contiguous() for t in saved],
         _memory(grad_output),
         [_memory(g) for g in grad_last],
         split(needs, len(weights)),
@@ -121,6 +121,9 @@ def launch_layers_backward(
     layers: int,
     needs: Sequence[bool],
 ) -> Grads:
+    # hooks of saved tensors may have changed how they lie
+    lists = weights, states, outputs, saved
+    weights, states, outputs, saved = ([t.contiguous() for t in tensors] for tensors in lists)
     grad_input, grad_weights, grad_states = select.kernels("native", "layer").backward_layers(
         cell, input.contiguous(), weights, states, layers, outputs, saved, _memory(grad_output),
         [_memory(g) for g in grad_last], split(needs, len(weights)),

@@ -85,7 +85,8 @@ def instruction_set() -> str:
 
 
 def _compiler() -> str:
-    path = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    command, *_ = os.environ.get("CXX", "").split() or ["g++"]  # a blank CXX names none
+    path = shutil.which(command)
     if path is None:
         return "missing (no g++ on PATH, nor the compiler that CXX names)"
     first, *_ = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.splitlines() or [

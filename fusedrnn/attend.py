@@ -169,8 +169,10 @@ def _chosen(
 ) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
     request = select.Request(score, dtype, device_type, "attend")
-    if wanted is None and hand_over.attend_reason(request, plain, masked, ragged, narrow) is not None:
-        return "torch"
+    if wanted is None:
+        reason = hand_over.attend_reason(request, plain, masked, ragged, narrow, announce=True)
+        if reason is not None:
+            return "torch"
     return select.choose(request).backend
 
 

@@ -56,7 +56,7 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     else:
         request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
     if select.requested() is not None:
-        choice = select.choose(request)
+        choice = select.answer(request)
         others = _others(request, choice, "another was asked for by name")
         return select.Choice(choice.backend, choice.why, others)
     reason = None
@@ -71,7 +71,7 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
         return select.Choice(
             "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
         )
-    choice = select.choose(request)
+    choice = select.answer(request)
     others = _others(request, choice, f"{choice.backend} comes first and can run this")
     slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
     refused = select.against("torch", request)

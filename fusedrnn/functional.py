@@ -353,7 +353,8 @@ def _faster_by_torch(
         return None
     train = torch.is_grad_enabled() and (input.requires_grad or getattr(params[0], "requires_grad", False))
     batch, hidden = states[-1].shape[-2:]
-    return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
+    device_type = input.device.type
+    return hand_over.reason(function, device_type, input.dtype, time, batch, hidden, train, announce=True)
 
 
 def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = False) -> tuple[str, str]:

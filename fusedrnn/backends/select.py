@@ -156,12 +156,17 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def choose(request: Request) -> Choice:
-    """The table's answer. Warns once per reason when nothing fused can run the request.
+def answer(request: Request) -> Choice:
+    """The table's answer, for those who want to know it only.
 
     Raises:
         BackendError: a backend was asked for and cannot run the request.
     """
+    return _table(request, _requested)
+
+
+def choose(request: Request) -> Choice:
+    """:func:`answer`, to act on. Warns once per reason when nothing fused can run the request."""
     choice = _table(request, _requested)
     if choice.backend == "reference" and _requested is None:
         say_once(f"fusedrnn runs its reference path, which is slow ({no_kernel(request)})")

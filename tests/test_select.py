@@ -163,7 +163,7 @@ def test_the_request_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) ->
         ("torch", "'torch'"),
         ("auto", "None"),
         ("", "None"),
-        ("gpu", "ValueError"),
+        ("gpu", "ValueError: FUSEDRNN_BACKEND: expected one of native, triton, reference, torch or auto"),
     ],
 )
 def test_the_environment_asks_too(value: str, expected: str) -> None:

@@ -65,15 +65,15 @@ def kernels(name: str, operation: str) -> ModuleType:
     return import_module(f"{__package__}.{name}.{operation}")
 
 
-def _checked(name: str | None) -> str | None:
+def _checked(name: str | None, source: str = "backend") -> str | None:
     if name is None or name == "auto":
         return None
     if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or auto, got {name!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)} or auto, got {name!r}")
     return name
 
 
-_requested: str | None = _checked(os.environ.get("FUSEDRNN_BACKEND") or None)
+_requested: str | None = _checked(os.environ.get("FUSEDRNN_BACKEND") or None, "FUSEDRNN_BACKEND")
 
 
 def requested() -> str | None:

@@ -33,13 +33,12 @@ class _Recorded(Protocol):
     def constants(self) -> int: ...
 
     def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
-        """Outputs and what the backward needs beyond inputs and the first output."""
+        """Outputs, and what the backward needs beyond inputs: some of the outputs may be among it."""
 
     def backward(
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -109,7 +108,7 @@ class _Fast(torch.autograd.Function):
         outputs, saved = call.forward(tensors, save=True)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, outputs[0], *saved)
+        ctx.save_for_backward(*tensors, *saved)
         return outputs
 
     @staticmethod
@@ -120,9 +119,7 @@ class _Fast(torch.autograd.Function):
         constants = ctx.call.constants
         needs = needs[: n - constants]
         # create_graph=True: the operator knows its second order
-        found = ctx.call.backward(
-            grads, flat[:n], flat[n], flat[n + 1 :], needs, differentiable=torch.is_grad_enabled()
-        )
+        found = ctx.call.backward(grads, flat[:n], flat[n:], needs, differentiable=torch.is_grad_enabled())
         return (None, *(g if need else None for g, need in zip(found, needs)), *[None] * constants)
 
 
@@ -212,8 +209,8 @@ class _TransformedBackward(_Transformable):
     def forward(call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
         grads, primals = tensors[: call.outputs], tensors[call.outputs :]
         varied, _ = _split(call, primals)
-        outputs, saved = call.forward(primals, save=True)
-        found = call.backward(grads, primals, outputs[0], saved, [True] * len(varied))
+        _, saved = call.forward(primals, save=True)
+        found = call.backward(grads, primals, saved, [True] * len(varied))
         return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, varied))
 
     @staticmethod
@@ -258,7 +255,7 @@ class _Layer:
             *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend,
             tensors[-1],
         )  # fmt: skip
-        return (output, *last), saved
+        return (output, *last), [output, *saved]
 
     def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
         output, last, _ = layer_operator.call_layer(
@@ -271,7 +268,6 @@ class _Layer:
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -283,7 +279,7 @@ class _Layer:
             grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grad_last)]
             launch = torch.ops.fusedrnn.layer_backward
         return launch(
-            grads[0], grad_last, input, batch_sizes, weights, states, output, saved, self.cell,
+            grads[0], grad_last, input, batch_sizes, weights, states, saved[0], saved[1:], self.cell,
             self.directions, self.backend, needs, tensors[-1],
         )  # fmt: skip
 
@@ -335,13 +331,12 @@ class _Layers:
         (*between, output), last, saved = layer_operator.launch_layers(
             input, weights, states, self.cell, self.layers, save and saving.saving()
         )
-        return (output, *last), [*between, *saved]
+        return (output, *last), [*between, output, *saved]
 
     def backward(
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -349,10 +344,9 @@ class _Layers:
         if differentiable:
             return self._differentiable(grads, tensors, needs)
         input, weights, states = layer_operator.split(tensors, self.n_weights)
-        n = self.layers - 1
         return layer_operator.launch_layers_backward(
-            grads[0], grads[1:], input, weights, states, [*saved[:n], output], saved[n:], self.cell,
-            self.layers, needs,
+            grads[0], grads[1:], input, weights, states, saved[: self.layers], saved[self.layers :],
+            self.cell, self.layers, needs,
         )  # fmt: skip
 
     def _differentiable(
@@ -437,7 +431,6 @@ class _Attend:
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -449,7 +442,7 @@ class _Attend:
         full = [*needs[:3], self.has_v and needs[3], self.has_float_mask and needs[-1]]
         found = launch(
             grads[0], grads[1] if self.need_weights else None, self.score, *inputs, self.scale, self.dropout,
-            seed, output, saved, self.backend, full,
+            seed, saved, self.backend, full,
         )  # fmt: skip
         present = (True, True, True, self.has_v, self.has_float_mask)
         return [g for g, is_present in zip(found, present) if is_present]

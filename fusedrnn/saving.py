@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NOTHING, EVERYTHING, LITTLE = 0, 1, 2
+EVERYTHING, LITTLE = 1, 2  # 0 is nothing: no backward will come
 _saving = EVERYTHING
 
 

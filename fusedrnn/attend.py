@@ -9,17 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch._C._functorch as functorch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import ops
 from .backends import hand_over, select
 from .backends.reference import attend as reference
+from .dtypes import in_autocast
 from .scores import SCORES
 
-_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+_TENSORS = ops.TENSORS | {type(None)}
 
 
 def attend(
@@ -68,7 +66,7 @@ def attend(
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):
         device_type = query.device.type
         query, key, value, v, mask = (
-            _cast(t, torch.get_autocast_dtype(device_type)) for t in (query, key, value, v, mask)
+            in_autocast(t, torch.get_autocast_dtype(device_type)) for t in (query, key, value, v, mask)
         )
         with torch.autocast(device_type, enabled=False):
             return attend(
@@ -139,12 +137,6 @@ def _stepping(wanted: str | None) -> Any:
     return select.kernels("native", "attend")
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """In the autocast dtype; fp64 is left alone, as in torch."""
-    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
-    return tensor.to(dtype) if eligible else tensor
-
-
 # ---- where it runs -----------------------------------------------------------------------------
 
 
@@ -184,9 +176,7 @@ def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether derivatives may be asked for: that of torch's fused kernel has none itself, nor a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return (
-        functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    ) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and ops.in_transform()
 
 
 def _joined(mask: Tensor | None, lengths: Tensor | None, keys: int) -> Tensor | None:
@@ -214,8 +204,7 @@ def _check(
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_dropout(dropout)
     _check_rows("query", query, "[B, N, Tq, D]")
     _check_rows("key", key, "[B, N, Tk, D]")
     _check_rows("value", value, "[B, N, Tk, Dv]")
@@ -258,6 +247,11 @@ def _check(
             raise RuntimeError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
         if lengths.device != query.device:
             raise RuntimeError(f"lengths: expected device {query.device} of query, got {lengths.device}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
 def _check_rows(name: str, tensor: Tensor, layout: str) -> None:

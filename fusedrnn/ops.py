@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 import torch._C._functorch as functorch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import saving
 from .backends.reference import attend as reference_attend
@@ -23,6 +25,8 @@ from .operators import layer as layer_operator
 
 Optional = Tensor | None
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+# What a call may be of, with what a compiler has in a tensor's place.
+TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 
 
 class _Recorded(Protocol):
@@ -73,11 +77,15 @@ def transformed() -> bool:
     """Whether a compiler, transform or mode looks on."""
     return (
         torch.compiler.is_compiling()
-        or functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or in_transform()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work."""
+    return functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _run(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:

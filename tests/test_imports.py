@@ -94,7 +94,7 @@ MODULES = {*FILES, "fusedrnn._C"}
 # Each may import from what follows it, and from its own room.
 ROOMS = (
     *("modules", "functional", "straight", "stack", "attend", "linear", "ops", "operators"),
-    *("backends", "saving", "scores", "cells", "_C"),
+    *("backends", "saving", "dtypes", "scores", "cells", "_C"),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import attend
+from ..attend import attend, check_dropout
 from .attention import check_size
 
 
@@ -34,8 +34,7 @@ class AdditiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_size("size", size)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.size = size
         self.dropout = dropout
         scale = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if use_scale else None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import attend, attend_step
+from ..attend import attend, attend_step, check_dropout
 from ..linear import is_plain, projected
 
 
@@ -48,8 +48,7 @@ class Attention(nn.Module):
             check_size(name, size)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.query_size = query_size
         self.memory_size = memory_size
         self.temperature = temperature

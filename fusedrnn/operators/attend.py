@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.reference import attend as reference
-from . import Grads, accumulation, lib, second_order, without_autocast
+from ..dtypes import accumulation
+from . import Grads, lib, second_order, without_autocast
 
 # attend returns [context, *([weights] if need_weights), *saved]; attend_backward returns one gradient
 # per [query, key, value, v, mask], an empty tensor where `needs` is false.

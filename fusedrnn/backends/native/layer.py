@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...dtypes import accumulation
 from .. import gpu
-from . import _C, _stored, _sums, cuda, no_kernel
+from . import _C, _stored, cuda, no_kernel
 
 
 class _Cell(NamedTuple):
@@ -47,7 +48,7 @@ def saved_tensors(
         shapes += [(directions, rows, spec.gates * hidden), (directions, rows, hidden)]
     if proj:
         shapes.append((directions, rows, hidden))
-    return [(shape, _sums(dtype)) for shape in shapes]
+    return [(shape, accumulation(dtype)) for shape in shapes]
 
 
 def one_step(
@@ -168,7 +169,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     # each direction makes a gradient of the input of its own
     d_input = None if not d_inputs else d_inputs[0] if len(d_inputs) == 1 else d_inputs[0].add_(d_inputs[1])
-    if _sums(dtype) is not dtype:
+    if accumulation(dtype) is not dtype:
         d_input = None if d_input is None else d_input.to(dtype)
         d_weights = [None if g is None else g.to(dtype) for g in d_weights]
         d_states = [None if g is None else g.to(dtype) for g in d_states]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import autograd, ops
 from .backends import hand_over, select
 from .backends.reference import attend as reference
 from .dtypes import in_autocast
 from .scores import SCORES
 
-_TENSORS = ops.TENSORS | {type(None)}
+_TENSORS = autograd.TENSORS | {type(None)}
 
 
 def attend(
@@ -77,7 +77,7 @@ def attend(
     if lengths is not None:
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
-    unobserved = ops.unobserved(tensors)
+    unobserved = autograd.unobserved(tensors)
     plain = not need_weights and (unobserved or not _differentiated(tensors))
     if not unobserved and needs_torch(tensors):
         backend = "torch"
@@ -123,7 +123,12 @@ def attend_step(
     """
     kernels = _stepping(select.requested())
     tensors = (query, weight, bias, v, g, key, value)
-    if kernels is None or not query.is_cpu or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
+    if (
+        kernels is None
+        or not query.is_cpu
+        or torch._C._is_any_autocast_enabled()
+        or autograd.watched(tensors)
+    ):
         return None
     return kernels.step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
 
@@ -176,7 +181,7 @@ def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether derivatives may be asked for: that of torch's fused kernel has none itself, nor a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return not torch.compiler.is_compiling() and ops.in_transform()
+    return not torch.compiler.is_compiling() and autograd.in_transform()
 
 
 def _joined(mask: Tensor | None, lengths: Tensor | None, keys: int) -> Tensor | None:

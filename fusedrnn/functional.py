@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
 
-from . import ops, stack, straight
+from . import autograd, ops, stack, straight
 from .backends import hand_over, select
 from .cells import CELLS
 from .dtypes import DTYPES, in_autocast
@@ -217,7 +217,7 @@ def _by_torch(name: str, args: tuple[Any, ...], reason: str, resets: Tensor | No
 def _unknown(tensors: Sequence[Any]) -> str | None:
     """Why these are not tensors of one known kind, dtype and device, held by no tracer."""
     for t in tensors:
-        if type(t) not in ops.TENSORS:
+        if type(t) not in autograd.TENSORS:
             return f"{type(t).__name__} is no plain tensor"
     dtype, device = tensors[0].dtype, tensors[0].device
     for t in tensors:
@@ -334,8 +334,9 @@ def _faster_by_torch(
     function: str, input: Any, time: int, states: Sequence[Any], params: Sequence[Any]
 ) -> str | None:
     """Why torch's own path should run a call, asked first: a small call has no time for checks."""
-    if select.requested() is not None or torch.compiler.is_compiling() or ops.in_transform():
-        return None  # torch's own path knows no transform
+    # torch's own path knows no transform
+    if select.requested() is not None or torch.compiler.is_compiling() or autograd.in_transform():
+        return None
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's operators"
     if not states or not params or not (type(input) is type(states[-1]) is Tensor) or states[-1].dim() < 2:

@@ -93,7 +93,7 @@ FILES = {
 MODULES = {*FILES, "fusedrnn._C"}
 # Each may import from what follows it, and from its own room.
 ROOMS = (
-    *("modules", "functional", "straight", "stack", "attend", "linear", "ops", "operators"),
+    *("modules", "functional", "straight", "stack", "attend", "linear", "ops", "autograd", "operators"),
     *("backends", "saving", "dtypes", "scores", "cells", "_C"),
 )
 

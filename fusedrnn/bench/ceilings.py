@@ -11,8 +11,7 @@ from typing import Protocol, Self
 import torch
 
 from ..backends import native
-from ..doctor import kernels
-from ..parity import DTYPES
+from ..tools import DTYPES, kernels
 from .cases import AnyCase
 
 LEVELS = ("L1", "L2", "L3", "DRAM")

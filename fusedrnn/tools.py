@@ -70,9 +70,11 @@ def no_gpu() -> str | None:
 
 @contextmanager
 def tf32(wanted: str | None) -> Iterator[None]:
-    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: on, off, or None for torch's own settings.
+    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: torch's settings put back at the end.
 
-    Strict is off and "ieee" for recurrent networks: of no parts in tf32 either (backends/native/cuda.py).
+    Args:
+        wanted: ``"on"``, ``"off"``, or None for torch's own settings; ``"strict"`` is off and "ieee" for
+            recurrent networks: of no parts in tf32 either (backends/native/cuda.py).
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32

@@ -65,6 +65,10 @@ class AdditiveAttention(nn.Module):
 
         Returns:
             ``[B, Tq, Dv]``, or a tuple of it and the weights.
+
+        Raises:
+            ValueError: there are not 2 or 3 ``inputs``, or one has not 3 dimensions.
+            ValueError, RuntimeError, BackendError: as :func:`fusedrnn.attend`.
         """
         if len(inputs) not in (2, 3):
             raise ValueError(f"inputs: expected [query, value] or [query, value, key], got {len(inputs)}")

@@ -91,6 +91,13 @@ class Attention(nn.Module):
         """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step.
 
         Steps keep what they make of the keys. A write into them is noticed, but not one through ``.data``.
+
+        Returns:
+            Keys ``[B, Tk, D]`` and the memory itself.
+
+        Raises:
+            ValueError: ``memory`` has not 3 dimensions.
+            RuntimeError: it has not M features.
         """
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")

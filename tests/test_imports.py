@@ -95,6 +95,8 @@ FILES = {
 MODULES = {*FILES, "fusedrnn._C"}
 # Each may import from what follows it, and from its own room.
 ROOMS = (
+    *("bench", "parity", "doctor", "tools", "pytest_plugin", "testing", "budget", "terminal", "plot"),
+    *("replace", "enable", "explain", "streaming", "stored"),
     *("modules", "functional", "straight", "stack", "attend", "linear", "ops", "autograd", "operators"),
     *("backends", "saving", "dtypes", "scores", "cells", "_C"),
 )

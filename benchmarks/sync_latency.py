@@ -22,8 +22,7 @@ from fusedrnn import terminal
 from fusedrnn.backends import native
 from fusedrnn.bench.gpu import Cuda
 from fusedrnn.bench.report import environment, lines
-from fusedrnn.doctor import kernels
-from fusedrnn.parity import no_gpu
+from fusedrnn.tools import kernels, no_gpu
 
 from .gpu.driver import SKIPPED
 

@@ -9,17 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch._C._functorch as functorch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import ops
+from . import autograd, ops
 from .backends import hand_over, select
 from .backends.reference import attend as reference
+from .dtypes import in_autocast
 from .scores import SCORES
 
-_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+_TENSORS = autograd.TENSORS | {type(None)}
 
 
 def attend(
@@ -68,7 +66,7 @@ def attend(
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(query.device.type):
         device_type = query.device.type
         query, key, value, v, mask = (
-            _cast(t, torch.get_autocast_dtype(device_type)) for t in (query, key, value, v, mask)
+            in_autocast(t, torch.get_autocast_dtype(device_type)) for t in (query, key, value, v, mask)
         )
         with torch.autocast(device_type, enabled=False):
             return attend(
@@ -79,7 +77,7 @@ def attend(
     if lengths is not None:
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
-    unobserved = ops.unobserved(tensors)
+    unobserved = autograd.unobserved(tensors)
     plain = not need_weights and (unobserved or not _differentiated(tensors))
     if not unobserved and needs_torch(tensors):
         backend = "torch"
@@ -125,7 +123,12 @@ def attend_step(
     """
     kernels = _stepping(select.requested())
     tensors = (query, weight, bias, v, g, key, value)
-    if kernels is None or not query.is_cpu or torch._C._is_any_autocast_enabled() or ops.watched(tensors):
+    if (
+        kernels is None
+        or not query.is_cpu
+        or torch._C._is_any_autocast_enabled()
+        or autograd.watched(tensors)
+    ):
         return None
     return kernels.step(query, weight, bias, v, g, key, value, lengths, mask, scale, need_weights)
 
@@ -137,12 +140,6 @@ def _stepping(wanted: str | None) -> Any:
     if wanted not in (None, "native") or select.against("native", request) is not None:
         return None
     return select.kernels("native", "attend")
-
-
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """In the autocast dtype; fp64 is left alone, as in torch."""
-    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
-    return tensor.to(dtype) if eligible else tensor
 
 
 # ---- where it runs -----------------------------------------------------------------------------
@@ -169,8 +166,10 @@ def _chosen(
 ) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
     request = select.Request(score, dtype, device_type, "attend")
-    if wanted is None and hand_over.attend_reason(request, plain, masked, ragged, narrow) is not None:
-        return "torch"
+    if wanted is None:
+        reason = hand_over.attend_reason(request, plain, masked, ragged, narrow, announce=True)
+        if reason is not None:
+            return "torch"
     return select.choose(request).backend
 
 
@@ -182,9 +181,7 @@ def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether derivatives may be asked for: that of torch's fused kernel has none itself, nor a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return (
-        functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    ) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and autograd.in_transform()
 
 
 def _joined(mask: Tensor | None, lengths: Tensor | None, keys: int) -> Tensor | None:
@@ -212,8 +209,7 @@ def _check(
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    check_dropout(dropout)
     _check_rows("query", query, "[B, N, Tq, D]")
     _check_rows("key", key, "[B, N, Tk, D]")
     _check_rows("value", value, "[B, N, Tk, Dv]")
@@ -256,6 +252,11 @@ def _check(
             raise RuntimeError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
         if lengths.device != query.device:
             raise RuntimeError(f"lengths: expected device {query.device} of query, got {lengths.device}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
 def _check_rows(name: str, tensor: Tensor, layout: str) -> None:

@@ -8,14 +8,12 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
-from importlib import import_module, metadata
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import terminal
 from .backends import native, select
+from .tools import cpu_model, instruction_set, instruction_sets, kernels, version
 
 _SLOW = (
     "The native kernels are not built, so plain calls run torch's own path, no faster than torch.nn, and "
@@ -23,24 +21,6 @@ _SLOW = (
     "With a C++17 compiler (g++) on PATH, install fusedrnn again to build them."
 )
 _LIBRARIES = ("fusedrnn", "triton", "numpy", "pybind11", "rich", "pytest", "hypothesis")
-
-
-def cpu_model() -> str:
-    """The processor's name as the operating system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(library: str) -> str | None:
-    """The version of an installed distribution; None if there is none."""
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def backends() -> dict[str, str | None]:
@@ -60,32 +40,9 @@ def layers(device_type: str) -> dict[str, str | None]:
     return {name: select.passed_over(name, request) for name in select.ORDER}
 
 
-def kernels() -> Any:
-    """The compiled module."""
-    return import_module(f"{__package__}._C")
-
-
-def instruction_sets() -> list[str]:
-    """What the native kernels can use here, the best last; empty without them."""
-    if native.unavailable() is not None:
-        return []
-    found: list[str] = kernels().isa_levels()
-    return found
-
-
-def instruction_set() -> str:
-    """What the native kernels use; the reason where FUSEDRNN_ISA asks for one that is not there."""
-    reason = native.unavailable()
-    if reason is not None:
-        return f"missing ({reason})"
-    try:
-        return native.isa()
-    except ValueError as error:
-        return f"missing ({error})"
-
-
 def _compiler() -> str:
-    path = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    command, *_ = os.environ.get("CXX", "").split() or ["g++"]  # a blank CXX names none
+    path = shutil.which(command)
     if path is None:
         return "missing (no g++ on PATH, nor the compiler that CXX names)"
     first, *_ = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.splitlines() or [

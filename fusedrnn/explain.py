@@ -33,47 +33,49 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     if not isinstance(module, (*_RECURRENT, *_ATTENTION)):
         raise TypeError(f"module: expected a recurrent or attention module, got {type(module).__name__}")
     if not isinstance(module, (Fused, Attention, AdditiveAttention)):
-        why = f"a stock {type(module).__name__}: torch runs it, except under fusedrnn.enable()"
-        return select.Choice(
-            "torch", why, dict.fromkeys(select.ORDER, "fusedrnn.replace(model) has not been called")
-        )
-
-    tensors = [t.data if isinstance(t, PackedSequence) else t for t in inputs[:1]]
-    if tensors and isinstance(tensors[0], (list, tuple)):  # Keras's inputs
-        tensors = list(tensors[0][:1])
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    like = next(iter([*given, *module.parameters()]), torch.empty(0))
-    device_type, dtype = like.device.type, like.dtype
-    if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
-
-    recurrent = isinstance(module, _RECURRENT)
-    hidden: Any = getattr(module, "hidden_size", None)
-    if recurrent:
-        resetting = resets is not None
-        request = select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resetting)
-    else:
-        request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
+        return _stock(module)
+    given, grad = _looked_at(module, inputs)
+    request = _request(module, given, resets is not None)
     if select.requested() is not None:
-        choice = select.choose(request)
-        others = _others(request, choice, "another was asked for by name")
-        return select.Choice(choice.backend, choice.why, others)
+        return _asked_for(request)
     reason = None
-    if not recurrent:
+    if not isinstance(module, _RECURRENT):
         reason = hand_over.attend_reason(request, *_asked(module, inputs, grad))
     elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
-        sizes = _sizes(module, inputs[0])
-        reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
+        sizes = *_sizes(module, inputs[0]), request.hidden or 0
+        reason = hand_over.reason(function, request.device_type, request.dtype, *sizes, grad)
     if reason is not None:
-        against = {name: select.passed_over(name, request) for name in select.ORDER}
-        return select.Choice(
-            "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
-        )
-    choice = select.choose(request)
+        return _handed_over(request, reason)
+    return _chosen(request, sized=bool(inputs))
+
+
+# ---- the cases ---------------------------------------------------------------------------------
+
+
+def _stock(module: nn.Module) -> select.Choice:
+    why = f"a stock {type(module).__name__}: torch runs it, except under fusedrnn.enable()"
+    why_not = dict.fromkeys(select.ORDER, "fusedrnn.replace(model) has not been called")
+    return select.Choice("torch", why, why_not)
+
+
+def _asked_for(request: select.Request) -> select.Choice:
+    choice = select.answer(request)
+    others = _others(request, choice, "another was asked for by name")
+    return select.Choice(choice.backend, choice.why, others)
+
+
+def _handed_over(request: select.Request, reason: str) -> select.Choice:
+    against = {name: select.passed_over(name, request) for name in select.ORDER}
+    return select.Choice(
+        "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
+    )
+
+
+def _chosen(request: select.Request, sized: bool) -> select.Choice:
+    choice = select.answer(request)
     others = _others(request, choice, f"{choice.backend} comes first and can run this")
-    slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
+    slower = "not measured faster at this size" if sized else "no input was given to take sizes from"
     refused = select.against("torch", request)
     return select.Choice(choice.backend, choice.why, {**others, "torch": refused or slower})
 
@@ -81,6 +83,29 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
 def _others(request: select.Request, choice: select.Choice, reason: str) -> dict[str, str]:
     others = [name for name in select.NAMES if name != choice.backend]
     return {name: select.passed_over(name, request) or reason for name in others}
+
+
+# ---- what a call is ----------------------------------------------------------------------------
+
+
+def _looked_at(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], bool]:
+    """The first input, if it is there, and whether a gradient is recorded."""
+    tensors = [t.data if isinstance(t, PackedSequence) else t for t in inputs[:1]]
+    if tensors and isinstance(tensors[0], (list, tuple)):  # Keras's inputs
+        tensors = list(tensors[0][:1])
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    return given, torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
+
+
+def _request(module: nn.Module, given: list[Tensor], resets: bool) -> select.Request:
+    like = next(iter([*given, *module.parameters()]), torch.empty(0))
+    device_type, dtype = like.device.type, like.dtype
+    if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    if not isinstance(module, _RECURRENT):
+        return select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
+    hidden: Any = module.hidden_size
+    return select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resets)
 
 
 def _cell(module: Any) -> str:

@@ -11,18 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._C._functorch as functorch
 import torch.nn.functional as F
 from torch import _VF, Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import ops, stack, straight
+from . import autograd, ops, stack, straight
 from .backends import hand_over, select
 from .cells import CELLS
-
-_TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+from .dtypes import DTYPES, in_autocast
 
 
 def lstm(*args: Any, resets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,14 +199,8 @@ def _in_autocast_dtype(function: Callable[..., Any], cell: str, args: tuple[Any,
     device_type = args[0].device.type
     dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(arg: Any) -> Any:
-        if isinstance(arg, (list, tuple)):
-            return [cast(a) for a in arg]
-        eligible = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype is not torch.float64
-        return arg.to(dtype) if eligible else arg
-
     with torch.autocast(device_type, enabled=False):
-        return function(cell, tuple(cast(arg) for arg in args), *rest)
+        return function(cell, tuple(in_autocast(args, dtype)), *rest)
 
 
 def _by_torch(name: str, args: tuple[Any, ...], reason: str, resets: Tensor | None = None) -> Any:
@@ -228,7 +217,7 @@ def _by_torch(name: str, args: tuple[Any, ...], reason: str, resets: Tensor | No
 def _unknown(tensors: Sequence[Any]) -> str | None:
     """Why these are not tensors of one known kind, dtype and device, held by no tracer."""
     for t in tensors:
-        if type(t) not in _TENSORS:
+        if type(t) not in autograd.TENSORS:
             return f"{type(t).__name__} is no plain tensor"
     dtype, device = tensors[0].dtype, tensors[0].device
     for t in tensors:
@@ -236,7 +225,7 @@ def _unknown(tensors: Sequence[Any]) -> str | None:
             return "the tensors differ in dtype or device"
         if t.layout is not torch.strided:
             return f"{t.layout} is no plain memory"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"{dtype} is no dtype of fusedrnn"
     if device.type == "meta":
         return "meta tensors hold no values"
@@ -345,7 +334,8 @@ def _faster_by_torch(
     function: str, input: Any, time: int, states: Sequence[Any], params: Sequence[Any]
 ) -> str | None:
     """Why torch's own path should run a call, asked first: a small call has no time for checks."""
-    if select.requested() is not None or torch.compiler.is_compiling() or _transformed():
+    # torch's own path knows no transform
+    if select.requested() is not None or torch.compiler.is_compiling() or autograd.in_transform():
         return None
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's operators"
@@ -353,7 +343,8 @@ def _faster_by_torch(
         return None
     train = torch.is_grad_enabled() and (input.requires_grad or getattr(params[0], "requires_grad", False))
     batch, hidden = states[-1].shape[-2:]
-    return hand_over.reason(function, input.device.type, input.dtype, time, batch, hidden, train)
+    device_type = input.device.type
+    return hand_over.reason(function, device_type, input.dtype, time, batch, hidden, train, announce=True)
 
 
 def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = False) -> tuple[str, str]:
@@ -363,11 +354,6 @@ def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = 
     hidden = params[1].shape[0] // len(CELLS[cell].gates)
     wanted = select.requested()
     return _chosen(cell, input.dtype, input.device.type, hidden, resets, wanted), "asked for by name"
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which torch's own path does not know."""
-    return functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _chosen(

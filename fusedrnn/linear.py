@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import autograd
 from .backends import hand_over, select
+from .operators import any_grad
 
 Optional = Tensor | None
 
@@ -24,7 +25,7 @@ def linear(input: Tensor, weight: Tensor, bias: Optional = None) -> Tensor:
         bias: ``[O]`` or None.
     """
     if _is_ours(input, weight):
-        if torch.is_grad_enabled() and ops.any_grad((input, weight, bias)):
+        if torch.is_grad_enabled() and any_grad((input, weight, bias)):
             return _Linear.apply(input, weight, bias)  # type: ignore[no-any-return]
         return _forward(input, weight, bias, keep=type(weight) is nn.Parameter)
     return F.linear(input, weight, bias)
@@ -52,7 +53,7 @@ def _is_ours(input: Any, weight: Any) -> bool:
     if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu or weight.dim() != 2:
         return False
     wanted = select.requested()
-    if _kernels(wanted) is None or ops.transformed() or torch._C._is_any_autocast_enabled():
+    if _kernels(wanted) is None or autograd.transformed() or torch._C._is_any_autocast_enabled():
         return False
     if wanted is not None:
         return input.dtype is torch.float32

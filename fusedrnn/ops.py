@@ -1,234 +1,22 @@
-"""Run an operation: :func:`layer` and :func:`attend` pick the cheapest entry that is right for the moment.
-
-Eager calls take a plain autograd Function or none; torch.compile, torch.export and tensor
-subclasses take the operator; torch.func transforms a Function made for them.
-"""
+"""Run an operation: :func:`layer`, :func:`layers` and :func:`attend` are what `autograd` records of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch._C._functorch as functorch
 from torch import Tensor
 
-from . import saving
+from . import autograd, saving
 from .backends.reference import attend as reference_attend
 from .backends.reference import layer as reference
-from .operators import Grads, any_grad, first_order
+from .operators import Grads, first_order
 from .operators import attend as attend_operator
 from .operators import layer as layer_operator
 
 Optional = Tensor | None
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
-
-
-class _Recorded(Protocol):
-    """Everything of an eager call that is not a tensor. `tensors` are those that may be differentiated, all
-    floating, then `constants` others, which may be None."""
-
-    @property
-    def constants(self) -> int: ...
-
-    def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
-        """Outputs and what the backward needs beyond inputs and the first output."""
-
-    def backward(
-        self,
-        grads: Sequence[Optional],
-        tensors: Sequence[Any],
-        output: Tensor,
-        saved: Sequence[Tensor],
-        needs: Sequence[bool],
-        differentiable: bool = False,
-    ) -> Grads:
-        """A gradient per differentiable tensor; with `differentiable` as differentiable code."""
-
-
-class _Call(_Recorded, Protocol):
-    """The same of a call that a compiler or a transform may look on at (opaque to pytree)."""
-
-    @property
-    def outputs(self) -> int: ...
-
-    def reference(self, *tensors: Any) -> tuple[Tensor, ...]:
-        """The outputs as differentiable torch code."""
-
-    def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
-        """The outputs by the operator."""
-
-
-def unobserved(tensors: Sequence[Any]) -> bool:
-    """Whether a call may go straight to its kernel: no derivative, compiler, transform, mode or subclass."""
-    return not watched(tensors) and _PLAIN.issuperset(map(type, tensors))
-
-
-def watched(tensors: Sequence[Any]) -> bool:
-    """Whether a derivative, compiler, transform or mode looks on."""
-    return (torch.is_grad_enabled() and any_grad(tensors)) or transformed()
-
-
-def transformed() -> bool:
-    """Whether a compiler, transform or mode looks on."""
-    return (
-        torch.compiler.is_compiling()
-        or functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _run(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
-    """The outputs of a call: differentiable, compilable, vmappable."""
-    wants_grad = torch.is_grad_enabled() and any_grad(tensors)
-    if torch.compiler.is_compiling():
-        return call.operator(tensors, wants_grad)
-    if functorch.peek_interpreter_stack() is not None:
-        return _Transformed.apply(call, *tensors)
-    if torch.autograd.forward_ad._current_level >= 0:
-        # a custom operator would drop the tangents without a word
-        return call.reference(*tensors)
-    if torch._C._len_torch_dispatch_stack() or any(type(t) not in _PLAIN for t in tensors):
-        return call.operator(tensors, wants_grad)
-    if wants_grad:
-        return _Fast.apply(call, *tensors)
-    return call.forward(tensors, False)[0]
-
-
-# ---- eager fast path ---------------------------------------------------------------------------
-
-
-class _Fast(torch.autograd.Function):
-    """The operator without the dispatcher: about a third of its overhead."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Recorded, *tensors: Optional) -> tuple[Tensor, ...]:
-        outputs, saved = call.forward(tensors, save=True)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, outputs[0], *saved)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Optional) -> tuple[Optional, ...]:
-        needs = ctx.needs_input_grad[1:]
-        n = len(needs)
-        flat = ctx.saved_tensors
-        constants = ctx.call.constants
-        needs = needs[: n - constants]
-        # create_graph=True: the operator knows its second order
-        found = ctx.call.backward(
-            grads, flat[:n], flat[n], flat[n + 1 :], needs, differentiable=torch.is_grad_enabled()
-        )
-        return (None, *(g if need else None for g, need in zip(found, needs)), *[None] * constants)
-
-
-# ---- function transforms: vmap, jvp, func.grad -------------------------------------------------
-
-
-def _samples(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The calls that a vmapped call stands for, one per sample."""
-    columns = [
-        arg.movedim(dim, 0).unbind(0) if dim is not None else [arg] * info.batch_size
-        for arg, dim in zip(args, in_dims)
-    ]
-    return list(zip(*columns))
-
-
-class _Transformable(torch.autograd.Function):
-    """What both Functions below share; `plain(call, constants)` is each one as differentiable torch code."""
-
-    @staticmethod
-    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
-        raise NotImplementedError
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @classmethod
-    def _jvp(cls, ctx: Any, tangents: tuple[Optional, ...]) -> tuple[Tensor, ...]:
-        varied, constants = _split(ctx.call, ctx.saved_tensors)
-        # make_dual refuses expanded tensors
-        primals = tuple(p.contiguous() for p in varied)
-        full = tuple(torch.zeros_like(p) if t is None else t.contiguous() for p, t in zip(primals, tangents))
-        return torch.func.jvp(cls.plain(ctx.call, constants), primals, full)[1]
-
-    @classmethod
-    def _vmap(cls, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-        outs = [cls.apply(*sample) for sample in _samples(info, in_dims, args)]
-        return tuple(torch.stack(column) for column in zip(*outs)), (0,) * len(outs[0])
-
-
-def _split(call: _Call, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Optional]]:
-    n = len(tensors) - call.constants
-    return tensors[:n], tensors[n:]
-
-
-class _Transformed(_Transformable):
-    """The operator under torch.func transforms; old-style Functions are refused there."""
-
-    @staticmethod
-    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
-        return lambda *varied: call.reference(*varied, *constants)
-
-    @staticmethod
-    def forward(call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
-        return call.forward(tensors, save=False)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
-        found = _TransformedBackward.apply(ctx.call, *grads, *ctx.saved_tensors)
-        return (None, *found, *[None] * ctx.call.constants)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Optional) -> tuple[Tensor, ...]:
-        return _Transformed._jvp(ctx, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _Transformed._vmap(info, in_dims, args)
-
-
-class _TransformedBackward(_Transformable):
-    """The gradient of `_Transformed`, itself transformable."""
-
-    @staticmethod
-    def plain(call: _Call, constants: Sequence[Optional]) -> Any:
-        n = call.outputs
-
-        def vjp(*tensors: Tensor) -> tuple[Tensor, ...]:
-            run = _Transformed.plain(call, constants)
-            return torch.func.vjp(run, *tensors[n:])[1](tuple(tensors[:n]))
-
-        return vjp
-
-    @staticmethod
-    def forward(call: _Call, *tensors: Optional) -> tuple[Tensor, ...]:
-        grads, primals = tensors[: call.outputs], tensors[call.outputs :]
-        varied, _ = _split(call, primals)
-        outputs, saved = call.forward(primals, save=True)
-        found = call.backward(grads, primals, outputs[0], saved, [True] * len(varied))
-        return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, varied))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
-        varied, constants = _split(ctx.call, ctx.saved_tensors)
-        plain = _TransformedBackward.plain(ctx.call, constants)
-        return (None, *torch.func.vjp(plain, *varied)[1](grads), *[None] * len(constants))
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Optional) -> tuple[Tensor, ...]:
-        return _TransformedBackward._jvp(ctx, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _TransformedBackward._vmap(info, in_dims, args)
 
 
 # ---- the layer ---------------------------------------------------------------------------------
@@ -258,7 +46,7 @@ class _Layer:
             *self._split(tensors), self.cell, self.directions, save and saving.saving(), self.backend,
             tensors[-1],
         )  # fmt: skip
-        return (output, *last), saved
+        return (output, *last), [output, *saved]
 
     def operator(self, tensors: Sequence[Any], save: bool) -> tuple[Tensor, ...]:
         output, last, _ = layer_operator.call_layer(
@@ -271,7 +59,6 @@ class _Layer:
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -283,7 +70,7 @@ class _Layer:
             grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grad_last)]
             launch = torch.ops.fusedrnn.layer_backward
         return launch(
-            grads[0], grad_last, input, batch_sizes, weights, states, output, saved, self.cell,
+            grads[0], grad_last, input, batch_sizes, weights, states, saved[0], saved[1:], self.cell,
             self.directions, self.backend, needs, tensors[-1],
         )  # fmt: skip
 
@@ -313,7 +100,7 @@ def layer(
         The output ``[T, B, D*P]`` (``[N, D*P]`` packed) and the last states, each ``[D, B, ...]``.
     """
     call = _Layer(cell, len(weights), len(states), directions, backend)
-    output, *last = _run(call, input, *weights, *states, batch_sizes, resets)
+    output, *last = autograd.run(call, input, *weights, *states, batch_sizes, resets)
     return output, last
 
 
@@ -335,13 +122,12 @@ class _Layers:
         (*between, output), last, saved = layer_operator.launch_layers(
             input, weights, states, self.cell, self.layers, save and saving.saving()
         )
-        return (output, *last), [*between, *saved]
+        return (output, *last), [*between, output, *saved]
 
     def backward(
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -349,10 +135,9 @@ class _Layers:
         if differentiable:
             return self._differentiable(grads, tensors, needs)
         input, weights, states = layer_operator.split(tensors, self.n_weights)
-        n = self.layers - 1
         return layer_operator.launch_layers_backward(
-            grads[0], grads[1:], input, weights, states, [*saved[:n], output], saved[n:], self.cell,
-            self.layers, needs,
+            grads[0], grads[1:], input, weights, states, saved[: self.layers], saved[self.layers :],
+            self.cell, self.layers, needs,
         )  # fmt: skip
 
     def _differentiable(
@@ -389,7 +174,7 @@ def layers(
         As :func:`layer`, of the last layer and of all.
     """
     call = _Layers(cell, len(weights), num_layers, run_one_by_one)
-    output, *last = _Fast.apply(call, input, *weights, *states)
+    output, *last = autograd.Fast.apply(call, input, *weights, *states)
     return output, last
 
 
@@ -437,7 +222,6 @@ class _Attend:
         self,
         grads: Sequence[Optional],
         tensors: Sequence[Any],
-        output: Tensor,
         saved: Sequence[Tensor],
         needs: Sequence[bool],
         differentiable: bool = False,
@@ -449,7 +233,7 @@ class _Attend:
         full = [*needs[:3], self.has_v and needs[3], self.has_float_mask and needs[-1]]
         found = launch(
             grads[0], grads[1] if self.need_weights else None, self.score, *inputs, self.scale, self.dropout,
-            seed, output, saved, self.backend, full,
+            seed, saved, self.backend, full,
         )  # fmt: skip
         present = (True, True, True, self.has_v, self.has_float_mask)
         return [g for g, is_present in zip(found, present) if is_present]
@@ -490,5 +274,7 @@ def attend(
     is_float = mask is not None and mask.is_floating_point()
     call = _Attend(score, v is not None, is_float, scale, dropout, need_weights, backend)
     floats = [t for t in (v, mask if is_float else None) if t is not None]
-    context, *weights = _run(call, query, key, value, *floats, None if is_float else mask, lengths, seed)
+    context, *weights = autograd.run(
+        call, query, key, value, *floats, None if is_float else mask, lengths, seed
+    )
     return context, weights[0] if weights else None

@@ -17,10 +17,9 @@ from .attend import attend
 from .backends import select
 from .budget import raised
 from .cells import CELLS
-from .doctor import instruction_sets, kernels
 from .testing import Parity, draw_inputs, parity, stock
+from .tools import DTYPES, add_device_arguments, instruction_sets, kernels, make_module, no_gpu, tf32
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = select.ORDER
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 # sizes that no vector width divides
@@ -149,66 +148,10 @@ class AttentionCase:
         return query[:, 0], memory, state, lengths
 
 
-def make_module(
-    cell: str, input_size: int, hidden_size: int, proj_size: int = 0, **options: object
-) -> torch.nn.RNNBase:
-    """A fused module with weights that depend on nothing but the arguments.
-
-    Args:
-        cell: lstm, gru, rnn_tanh or rnn_relu.
-        options: keyword arguments of torch.nn's constructor.
-    """
-    make = getattr(modules, cell.partition("_")[0].upper())
-    if proj_size:
-        options["proj_size"] = proj_size
-    if cell.startswith("rnn_"):
-        options["nonlinearity"] = cell.removeprefix("rnn_")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make(input_size, hidden_size, **options)
-
-
 def layouts(cell: str) -> Sequence[str]:
     if cell in ATTENTION:
         return ATTENTION[cell]
     return ["dense", "ragged", "bidirectional"] + ["projection"] * CELLS[cell].projectable
-
-
-def no_gpu() -> str | None:
-    """Why torch cannot use a CUDA GPU here; None if it can."""
-    if torch.cuda.is_available():
-        return None
-    built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU or no driver"
-    return f"--device cuda: torch {torch.__version__} {built}"
-
-
-@contextmanager
-def tf32(wanted: str | None) -> Iterator[None]:
-    """TF32 in fp32 products on a GPU, of cuDNN and of matmul: on, off, or None for torch's own settings.
-
-    Strict is off and "ieee" for recurrent networks: of no parts in tf32 either (backends/native/cuda.py).
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    if wanted is not None:
-        matmul.allow_tf32 = cudnn.allow_tf32 = wanted == "on"
-    if wanted == "strict":  # torch refuses to say what cuDNN allows where the two differ
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `parity` and `bench` have in common."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--tf32",
-        choices=("on", "off", "strict"),
-        help="TF32 in fp32 products on a GPU, of both sides; strict: nor several products in TF32 for one in "
-        "fp32 (default: torch's own settings)",
-    )
 
 
 @contextmanager

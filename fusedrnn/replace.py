@@ -108,9 +108,9 @@ def replace(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None
         TypeError: ``model`` is not a module, or ``filter_fn`` is not callable.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be of type torch.nn.Module, got: {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn should be callable, got: {type(filter_fn).__name__}")
+        raise TypeError(f"filter_fn: expected a callable, got {type(filter_fn).__name__}")
 
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NOTHING, EVERYTHING, LITTLE = 0, 1, 2
+EVERYTHING, LITTLE = 1, 2  # 0 is nothing: no backward will come
 _saving = EVERYTHING
 
 
@@ -16,8 +16,8 @@ def saving() -> int:
 class recompute:
     """Keep less for the backward and compute it again there: time for memory.
 
-    On the Triton backend a training step then keeps no gates: nothing but the output for RNN and GRU, and
-    the cell states for LSTM. Other backends keep what they always do.
+    On a GPU a training step of the native and the Triton backend then keeps no gates: nothing but the output
+    for RNN and GRU, and the cell states for LSTM. On a CPU, and by torch, it keeps what it always does.
 
     Takes effect at once, for the process; used in a ``with`` statement it is undone at the end. A compiled
     graph keeps the choice it was traced with.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd, ops
 
 # Steps of a chunk: as many as a layer's launches take on the host (docs/hardware.md: not yet measured).
 STEPS = 128
@@ -65,7 +65,7 @@ def _joined(lasts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _overlaps(input: Tensor) -> bool:
     """Whether the layers of a dense stack should run beside each other."""
-    if input.device.type != "cuda" or type(input) is not Tensor or ops.transformed():
+    if input.device.type != "cuda" or type(input) is not Tensor or autograd.transformed():
         return False
     return input.shape[0] >= 2 * STEPS and input.shape[1] <= _MOST_ROWS
 

@@ -161,9 +161,7 @@ def _watch_optimizers() -> None:
     """torch's fused optimizers write parameters without a new version, which steppers would not notice."""
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        written = {
-            id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]
-        }
+        written = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
         if written:
             forget(m for m in list(_packs) if any(id(p) in written for p in m._parameters.values()))
 

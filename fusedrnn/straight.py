@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import _VF, Tensor
 
-from . import ops, stack
+from . import autograd, ops, stack
 from .backends import hand_over, select
 from .cells import CELLS
+from .operators import any_grad
 
 
 def layers(
@@ -115,7 +116,10 @@ def _zeros(cell: str, input: Tensor, params: Sequence[Tensor], runs: int, batch:
 def _is_plain(input: Any) -> bool:
     """Whether a call is eager, of a plain tensor in the CPU's memory, and nothing but autograd looks on."""
     return (
-        not torch.compiler.is_compiling() and type(input) is Tensor and input.is_cpu and not ops.transformed()
+        not torch.compiler.is_compiling()
+        and type(input) is Tensor
+        and input.is_cpu
+        and not autograd.transformed()
     )
 
 
@@ -128,7 +132,7 @@ def one_step(
     kernels = _kernels(cell, select.requested())
     if kernels is None or len(states) != len(CELLS[cell].states):
         return None
-    if torch.is_grad_enabled() and ops.any_grad((input, *states, *params)):
+    if torch.is_grad_enabled() and any_grad((input, *states, *params)):
         return None
     return kernels.one_step(cell, input, states, params, False)  # type: ignore[no-any-return]
 

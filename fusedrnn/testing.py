@@ -84,7 +84,15 @@ def draw_inputs(
     Args:
         time: T; ignored for cells.
         batch: B.
-        lengths: one per sequence, in any order: the input is then a PackedSequence.
+        lengths: one per sequence, in any order: the input is then a PackedSequence; they stand for T and B.
+        seed: of the values, which depend on nothing else but the shapes, and on whether the device is a GPU.
+
+    Returns:
+        The input ``[T, B, I]``, ``[B, T, I]`` if the module has it so, ``[B, I]`` for a cell; and hx, a
+        tensor, or for an LSTM a tuple: ``[L*D, B, P]`` and ``[L*D, B, H]``, ``[B, H]`` for a cell.
+
+    Raises:
+        TypeError: ``module`` is no recurrent module of torch.nn nor of a subclass.
     """
     like = next(module.parameters())
     # a benchmark's input takes seconds to draw on the CPU

@@ -96,7 +96,7 @@ def by_kernel(attend, score, args, scale, grads, dropout=0.0, seed=0):
     context, weights, saved = attend.forward(*call, True, True)
     copies = [t.clone() for t in saved]
     needs = (True, True, True, v is not None, mask is not None and mask.is_floating_point())
-    found = attend.backward(*call, context, saved, *grads, needs)
+    found = attend.backward(*call, saved, *grads, needs)
     assert [g is not None for g in found] == list(needs)
     assert all(torch.equal(a, b) for a, b in zip(saved, copies) if not a.isnan().any()), "wrote into saved"
     results = {"context": context, "weights": weights}

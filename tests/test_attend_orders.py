@@ -75,7 +75,7 @@ def test_opcheck(backend, score, mask, weights):
     needs = [t is not None and t.is_floating_point() for t in case.inputs]
     torch.library.opcheck(
         torch.ops.fusedrnn.attend_backward.default,
-        (torch.ones_like(context), grad_weights, *args[:10], context, rest, backend, needs),
+        (torch.ones_like(context), grad_weights, *args[:10], rest, backend, needs),
     )
 
 

@@ -155,7 +155,7 @@ def test_without_a_kernel_torch_runs_silently(monkeypatch, calls):
 
 @pytest.mark.skipif(not NATIVE, reason="fusedrnn._C is not built")
 def test_with_a_kernel_it_runs_unasked(calls, monkeypatch):
-    monkeypatch.setattr(fusedrnn.functional.hand_over, "reason", lambda *args: None)
+    monkeypatch.setattr(fusedrnn.functional.hand_over, "reason", lambda *_, **__: None)
     with fusedrnn.use_backend("auto"), fusedrnn.enable():
         nn.GRU(3, 4)(torch.randn(5, 2, 3))
     assert calls == ["native"]

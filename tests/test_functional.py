@@ -230,7 +230,7 @@ class TestTorchRuns:
 
     def test_where_it_is_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
-        monkeypatch.setattr(hand_over, "reason", lambda *a: asked.append(a) or "measured")
+        monkeypatch.setattr(hand_over, "reason", lambda *a, **_: asked.append(a) or "measured")
         functional.lstm(*dense("lstm"))
         functional.gru(*packed("gru"))
         functional.gru_cell(torch.randn(B, I).requires_grad_(), torch.randn(B, H), *weights("gru"))
@@ -290,7 +290,7 @@ class TestTorchRuns:
 
 @pytest.mark.parametrize("how", ["requested", "compiled"])
 def test_speed_is_not_asked_about_when(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> str:
+    def refuse(*_: Any, **__: Any) -> str:
         raise AssertionError("hand_over.reason was called")
 
     monkeypatch.setattr(hand_over, "reason", refuse)

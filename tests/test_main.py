@@ -117,6 +117,14 @@ def test_doctor_survives_an_instruction_set_that_is_not_there(level: str) -> Non
     assert expected in done.stdout
 
 
+@pytest.mark.parametrize("value", ["", " "])
+def test_doctor_takes_a_blank_compiler_for_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    usual = doctor._compiler()
+    monkeypatch.setenv("CXX", value)
+    assert doctor._compiler() == usual
+
+
 # ---- parity ------------------------------------------------------------------------------------
 
 

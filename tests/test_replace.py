@@ -283,9 +283,9 @@ def test_a_filter_that_raises_changes_nothing():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match=r"^model should be of type torch\.nn\.Module, got: list$"):
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got list$"):
         fusedrnn.replace([nn.LSTM(3, 4)])
-    with pytest.raises(TypeError, match=r"^filter_fn should be callable, got: str$"):
+    with pytest.raises(TypeError, match=r"^filter_fn: expected a callable, got str$"):
         fusedrnn.replace(nn.LSTM(3, 4), "encoder")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -83,3 +84,97 @@ def test_hooks_of_attention(change):
         found = run()
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b)
+
+
+# ---- writes into outputs -----------------------------------------------------------------------
+
+
+def add(output):
+    output += 1
+    return output
+
+
+def clear(output):
+    output[:, 0] = 0
+    return output
+
+
+def behind_a_view(output):
+    output.detach()[0].mul_(2)
+    return output
+
+
+EDITS = [add, clear, behind_a_view, torch.relu_]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}], ids=["", "batch_first"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_writes_into_the_output(kind, options, edit):
+    """Torch's own LSTM of one direction refuses them; what it would answer is that of a copy."""
+    ours, theirs = pair(kind, **options)
+    x = torch.randn(5, 3, 4)
+    expected = gradients(theirs, x, lambda output: edit(output.clone()))
+    for a, b in zip(gradients(ours, x, edit), expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_writes_into_the_output_with_a_graph_of_the_backward(edit):
+    ours, theirs = (module.double() for module in pair("gru"))
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def second(module, copy):
+        output = module(x)[0]
+        output = edit(output.clone() if copy else output)
+        (first,) = torch.autograd.grad(output.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, *module.parameters()])
+
+    for a, b in zip(second(ours, False), second(theirs, True)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("edit", [add, clear, torch.relu_])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_writes_into_the_output_when_compiled(kind, edit):
+    ours, theirs = pair(kind)
+    x = torch.randn(5, 3, 4)
+    expected = gradients(theirs, x, lambda output: edit(output.clone()))
+    compiled = torch.compile(lambda x: edit(ours(x)[0]).sin().sum(), backend="aot_eager", fullgraph=True)
+    x.requires_grad_()
+    for a, b in zip(torch.autograd.grad(compiled(x), [x, *ours.parameters()]), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_writes_into_the_output_of_a_checkpoint():
+    ours, theirs = pair("gru")
+    x = torch.randn(5, 3, 4)
+    expected = gradients(theirs, x, lambda output: add(output.clone()))
+    for reentrant in (False, True):
+        y = x.clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(
+            lambda x: add(ours(x)[0]), y, use_reentrant=reentrant
+        ).sin().sum().backward()
+        for a, b in zip([y.grad, *(p.grad for p in ours.parameters())], expected):
+            torch.testing.assert_close(a, b)
+        ours.zero_grad()
+
+
+def test_writes_into_a_context():
+    query, key, value = (torch.randn(2, 1, 3, 4, requires_grad=True) for _ in range(3))
+
+    def run(edit):
+        context, _ = fusedrnn.attend("dot", query, key, value)
+        return torch.autograd.grad(edit(context).sin().sum(), (query, key, value))
+
+    for a, b in zip(run(add), run(lambda context: context + 1)):
+        torch.testing.assert_close(a, b)
+
+
+def test_writes_into_an_input_are_noticed():
+    ours, _ = pair("gru")
+    x = torch.randn(5, 3, 4)
+    output = ours(x)[0]
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

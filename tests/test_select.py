@@ -163,7 +163,7 @@ def test_the_request_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) ->
         ("torch", "'torch'"),
         ("auto", "None"),
         ("", "None"),
-        ("gpu", "ValueError"),
+        ("gpu", "ValueError: FUSEDRNN_BACKEND: expected one of native, triton, reference, torch or auto"),
     ],
 )
 def test_the_environment_asks_too(value: str, expected: str) -> None:
@@ -194,7 +194,6 @@ def test_explain_gives_a_reason_for_every_backend(
     assert str(choice).splitlines()[0] == "native: the first of the table that can run this"
 
 
-@pytest.mark.filterwarnings("ignore:fusedrnn has no fused kernel")
 def test_explain_says_why_kernels_are_not_used(native_of_sorts: None) -> None:
     choice = explain(fusedrnn.GRUCell(2, 3), torch.zeros(1, 2))
     assert choice.backend == "torch"
@@ -229,7 +228,7 @@ def test_explain_asks_where_torch_is_faster(
 ) -> None:
     seen = []
 
-    def reason(cell: str, device_type: str, dtype: torch.dtype, *rest: Any) -> str:
+    def reason(cell: str, device_type: str, dtype: torch.dtype, *rest: Any, **_: Any) -> str:
         seen.append((cell, *rest))
         return "torch is faster here"
 
@@ -242,6 +241,22 @@ def test_explain_asks_where_torch_is_faster(
     assert (choice.backend, choice.why) == ("torch", "torch is faster here")
     assert set(choice.why_not) == set(select.ORDER)
     assert seen == [(*sizes, True), (*sizes, False), (*sizes, False)]
+
+
+def test_explain_leaves_the_warnings_to_the_calls(no_native: None) -> None:
+    lstm, x = fusedrnn.LSTM(2, 3), torch.zeros(4, 1, 2)
+    attention, query, memory = fusedrnn.BahdanauAttention(2, 2, 3), torch.zeros(1, 2), torch.zeros(1, 4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explain(lstm, x).backend == "torch"
+        assert explain(lstm).backend == "reference"
+        assert explain(attention, query, memory).backend == "torch"
+    with pytest.warns(UserWarning, match="torch's own path runs"):
+        lstm(x)
+    with pytest.warns(UserWarning, match="plain torch code runs"):
+        attention(query, memory)
+    with pytest.warns(UserWarning, match="reference path"):
+        torch.func.vmap(lambda x: lstm(x)[0])(x[None])
 
 
 def test_explain_a_stock_module_and_what_is_none() -> None:
@@ -286,8 +301,7 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "stock" in explain(nn.MultiheadAttention(4, 2)).why
     kernels["additive"] = "has no attend kernels"
     select.no_kernel.cache_clear()
-    with pytest.warns(UserWarning, match="plain torch code runs"):
-        choice = explain(fusedrnn.BahdanauAttention(4, 4, 6), query, memory)
+    choice = explain(fusedrnn.BahdanauAttention(4, 4, 6), query, memory)
     assert (choice.backend, choice.why_not["native"]) == ("torch", "has no attend kernels")
 
 

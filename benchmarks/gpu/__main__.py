@@ -16,8 +16,7 @@ import benchmarks.gpu
 from fusedrnn import terminal
 from fusedrnn.bench.gpu import DEVICES
 from fusedrnn.bench.report import environment, lines
-from fusedrnn.doctor import version
-from fusedrnn.parity import no_gpu
+from fusedrnn.tools import no_gpu, version
 
 from .driver import ROOT, Outcome, run
 from .steps import steps

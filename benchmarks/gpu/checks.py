@@ -24,8 +24,8 @@ from fusedrnn.bench.device import Call, Device
 from fusedrnn.bench.gpu import DEVICES
 from fusedrnn.budget import Parity, check, raised
 from fusedrnn.cells import CELLS
-from fusedrnn.parity import DTYPES, make_module, no_gpu, tf32
 from fusedrnn.testing import draw_inputs, stock
+from fusedrnn.tools import DTYPES, make_module, no_gpu, tf32
 
 from .driver import SKIPPED
 

@@ -27,6 +27,7 @@ def reason(
     batch: int,
     hidden: int,
     train: bool,
+    announce: bool = False,
 ) -> str | None:
     """Why a call should run on torch's own path; None if it should not.
 
@@ -39,11 +40,13 @@ def reason(
         dtype: the dtype that the call computes in.
         time, batch, hidden: T, B and H; for packed input B is the number of sequences.
         train: whether a gradient will be recorded.
+        announce: say, once, where it is for lack of a kernel: for a caller that acts on the answer.
     """
     request = select.Request(function.removesuffix("_cell"), dtype, device_type, hidden=hidden)
     missing = select.no_kernel(request)
     if missing is not None:
-        if dtype.is_floating_point and device_type != "meta":  # torch has an error or no values there
+        # of others torch has an error or no values
+        if announce and dtype.is_floating_point and device_type != "meta":
             select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")
         return f"no fused kernel can run it ({missing})"
     at_once = device_type == "cpu" and dtype is torch.float32 and not train  # native's one_step
@@ -76,7 +79,7 @@ def linear_reason(dtype: torch.dtype, work: int) -> str | None:
 
 
 def attend_reason(
-    request: select.Request, plain: bool, masked: bool, ragged: bool, narrow: bool
+    request: select.Request, plain: bool, masked: bool, ragged: bool, narrow: bool, announce: bool = False
 ) -> str | None:
     """Why an attend should run as plain torch code; None if it should not.
 
@@ -87,6 +90,7 @@ def attend_reason(
         masked: there is a mask.
         ragged: there are lengths, of which our kernel skips the rest.
         narrow: a query has at most SMALL_HEAD features.
+        announce: as of :func:`reason`.
     """
     if request.kind == "dot" and plain and not ragged:
         return "torch's scaled_dot_product_attention is faster where no key can be skipped"
@@ -95,6 +99,6 @@ def attend_reason(
     missing = select.no_kernel(request)
     if missing is None:
         return None
-    if request.kind != "dot" and request.device_type != "meta":
+    if announce and request.kind != "dot" and request.device_type != "meta":
         select.say_once(f"fusedrnn has no fused kernel for this, plain torch code runs ({missing})")
     return f"no fused kernel can run it ({missing})"

@@ -65,15 +65,15 @@ def kernels(name: str, operation: str) -> ModuleType:
     return import_module(f"{__package__}.{name}.{operation}")
 
 
-def _checked(name: str | None) -> str | None:
+def _checked(name: str | None, source: str = "backend") -> str | None:
     if name is None or name == "auto":
         return None
     if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)} or auto, got {name!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)} or auto, got {name!r}")
     return name
 
 
-_requested: str | None = _checked(os.environ.get("FUSEDRNN_BACKEND") or None)
+_requested: str | None = _checked(os.environ.get("FUSEDRNN_BACKEND") or None, "FUSEDRNN_BACKEND")
 
 
 def requested() -> str | None:
@@ -156,12 +156,17 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def choose(request: Request) -> Choice:
-    """The table's answer. Warns once per reason when nothing fused can run the request.
+def answer(request: Request) -> Choice:
+    """The table's answer, for those who want to know it only.
 
     Raises:
         BackendError: a backend was asked for and cannot run the request.
     """
+    return _table(request, _requested)
+
+
+def choose(request: Request) -> Choice:
+    """:func:`answer`, to act on. Warns once per reason when nothing fused can run the request."""
     choice = _table(request, _requested)
     if choice.backend == "reference" and _requested is None:
         say_once(f"fusedrnn runs its reference path, which is slow ({no_kernel(request)})")

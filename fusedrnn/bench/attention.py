@@ -17,8 +17,8 @@ from ..attend import attend
 from ..backends import select
 from ..explain import explain
 from ..modules import Memory
-from ..parity import DTYPES
 from ..testing import Parity, parity, stock
+from ..tools import DTYPES
 from .cases import FILTERS, KERNEL_SIZE, AttentionCase
 from .device import Call, Cpu, Device
 

@@ -52,7 +52,7 @@ class Case:
             deep (4 bidirectional layers); heads (HEADS independent layers, each with sizes I and H);
             resets (a new piece begins at one step in PIECE; torch.nn gets the pieces as a padded batch);
             step (one step of a stream, state kept: ``fusedrnn.streaming`` against torch.nn called with hx).
-        dtype: a key of fusedrnn.parity.DTYPES; of a step what its weights are stored in: fp32, bf16 or int8.
+        dtype: a key of fusedrnn.tools.DTYPES; of a step what its weights are stored in: fp32, bf16 or int8.
         inputs: I; as many as hidden units if None.
     """
 

@@ -12,8 +12,7 @@ import torch
 
 from ..backends import native
 from ..backends.native import linear
-from ..doctor import kernels
-from ..parity import DTYPES
+from ..tools import DTYPES, kernels
 from .cases import AnyCase
 
 LEVELS = ("L1", "L2", "L3", "DRAM")

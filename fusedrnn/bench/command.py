@@ -18,7 +18,7 @@ from typing import Any
 from .. import terminal
 from ..backends import select
 from ..cells import CELLS
-from ..parity import DTYPES, add_device_arguments, no_gpu, tf32
+from ..tools import DTYPES, add_device_arguments, no_gpu, tf32
 from . import goals, loaded, memory
 from .attention import compile_missing
 from .cases import MODES, PIECE, AnyCase, AttentionCase, Case, grid

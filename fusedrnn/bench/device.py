@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..doctor import cpu_model, instruction_set
+from ..tools import cpu_model, instruction_set
 from . import ceilings
 from .cases import AnyCase
 from .ceilings import Limits

@@ -111,7 +111,7 @@ def _number(goal: Goal, value: float | None) -> str:
 
 
 def _stored(storage: str, smallest: int, cell: str | None = None) -> Where:
-    return lambda case: case.dtype == storage and case.hidden >= smallest and case.cell in (cell or case.cell)
+    return lambda case: case.dtype == storage and case.hidden >= smallest and cell in (None, case.cell)
 
 
 def _step_goals(storage: str, smallest: int, module: float, cell: float) -> list[Goal]:

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..backends.native import cuda
 from ..backends.triton import plan
 from ..cells import CELLS
-from ..doctor import version
-from ..parity import DTYPES, tf32
+from ..tools import DTYPES, tf32, version
 from .cases import AnyCase, Case
 from .device import Call, Cpu, Device
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 from ..explain import explain
-from ..parity import DTYPES, make_module
 from ..testing import Parity, draw_inputs, parity, stock
+from ..tools import DTYPES, make_module
 from .attention import PreparedAttention
 from .cases import HEADS, PIECE, AnyCase, AttentionCase, Case
 from .device import Call, Cpu, Device, in_turn

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..doctor import version
 from ..testing import Row
+from ..tools import version
 from .cases import AnyCase, AttentionCase, Case
 from .ceilings import Limits
 from .device import Device

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..backends import select
 from ..budget import Parity, check
-from ..parity import make_module
 from ..stored import rounded
 from ..streaming import Stepper, streaming
 from ..testing import stock
+from ..tools import make_module
 from .cases import Case
 
 _GATE_STEPS = 16

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import attend
+from ..attend import attend, check_dropout
 from .attention import check_size
 
 
@@ -34,8 +34,7 @@ class AdditiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_size("size", size)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.size = size
         self.dropout = dropout
         scale = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if use_scale else None
@@ -66,6 +65,10 @@ class AdditiveAttention(nn.Module):
 
         Returns:
             ``[B, Tq, Dv]``, or a tuple of it and the weights.
+
+        Raises:
+            ValueError: there are not 2 or 3 ``inputs``, or one has not 3 dimensions.
+            ValueError, RuntimeError, BackendError: as :func:`fusedrnn.attend`.
         """
         if len(inputs) not in (2, 3):
             raise ValueError(f"inputs: expected [query, value] or [query, value, key], got {len(inputs)}")

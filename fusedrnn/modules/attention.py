@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import attend, attend_step
+from ..attend import attend, attend_step, check_dropout
 from ..linear import is_plain, projected
 
 
@@ -48,8 +48,7 @@ class Attention(nn.Module):
             check_size(name, size)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        check_dropout(dropout)
         self.query_size = query_size
         self.memory_size = memory_size
         self.temperature = temperature
@@ -92,6 +91,13 @@ class Attention(nn.Module):
         """Project a memory ``[B, Tk, M]`` once, to be given to :meth:`forward` at every step.
 
         Steps keep what they make of the keys. A write into them is noticed, but not one through ``.data``.
+
+        Returns:
+            Keys ``[B, Tk, D]`` and the memory itself.
+
+        Raises:
+            ValueError: ``memory`` has not 3 dimensions.
+            RuntimeError: it has not M features.
         """
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")

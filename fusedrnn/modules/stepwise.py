@@ -118,6 +118,11 @@ class LocationSensitiveAttention(Attention):
 
         Returns:
             The context ``[B, M]`` and the weights ``[B, Tk]``.
+
+        Raises:
+            ValueError, RuntimeError: the query has another rank or not Q features.
+            ValueError, RuntimeError, TypeError, BackendError: as :func:`fusedrnn.attend`, whose key is
+                ``processed_memory`` and the location term.
         """
         self._check_query(attention_hidden_state)
         key = processed_memory + self.location_layer(attention_weights_cat)
@@ -170,6 +175,11 @@ class CoverageAttention(BahdanauAttention):
 
         Returns:
             The context ``[B, M]`` and the weights ``[B, Tk]``, or with beams after B, and the next state.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`project_memory`; the query has another rank, not Q features,
+                or not as many beams as ``state``.
+            ValueError, RuntimeError, TypeError, BackendError: as :func:`fusedrnn.attend`.
         """
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
         covered = _per_beam(state.cumulative).unsqueeze(-1) * self.coverage
@@ -203,7 +213,11 @@ class ForwardAttention(BahdanauAttention):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Alignments]:
-        """One step of a decoder; as :meth:`CoverageAttention.forward`, from :meth:`initial_state` on."""
+        """One step of a decoder; as :meth:`CoverageAttention.forward`, from :meth:`initial_state` on.
+
+        Raises:
+            As :meth:`CoverageAttention.forward`.
+        """
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
         _check_beams(self, query, _per_beam(state.previous).shape[1])
         energies_only = Memory(memory.key, memory.value[..., :0])

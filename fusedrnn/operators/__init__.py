@@ -32,10 +32,6 @@ def without_autocast(launch: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def any_grad(*groups: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.requires_grad for group in groups for t in group)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.reference import attend as reference
-from . import Grads, accumulation, lib, second_order, without_autocast
+from ..dtypes import accumulation
+from . import Grads, lib, second_order, without_autocast
 
 # attend returns [context, *([weights] if need_weights), *saved]; attend_backward returns one gradient
 # per [query, key, value, v, mask], an empty tensor where `needs` is false.
@@ -21,7 +22,7 @@ lib.define(
 lib.define(
     "attend_backward(Tensor? grad_context, Tensor? grad_weights, str score, Tensor query, Tensor key,"
     " Tensor value, Tensor? v, Tensor? mask, Tensor? lengths, float scale, float dropout, Tensor? seed,"
-    " Tensor context, Tensor[] saved, str backend, bool[] needs) -> Tensor[]"
+    " Tensor[] saved, str backend, bool[] needs) -> Tensor[]"
 )
 
 
@@ -78,7 +79,6 @@ def launch_backward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
-    context: Tensor,
     saved: Sequence[Tensor],
     backend: str,
     needs: Sequence[bool],
@@ -86,9 +86,7 @@ def launch_backward(
     tensors = map(_rows, (query, key, value, v, mask, lengths))
     grads = map(_rows, (grad_context, grad_weights))
     kernels = select.kernels(backend, "attend")
-    return kernels.backward(
-        score, *tensors, scale, dropout, _number(seed), context, saved, *grads, list(needs)
-    )
+    return kernels.backward(score, *tensors, scale, dropout, _number(seed), saved, *grads, list(needs))
 
 
 def _attend_impl(*args: Any) -> list[Tensor]:
@@ -163,12 +161,12 @@ def _attend_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
     score, *tensors, ctx.scale, ctx.dropout, seed, ctx.need_weights, ctx.save, ctx.backend = inputs
     ctx.score = score
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, seed, output[0], *output[1 + ctx.need_weights :])
+    ctx.save_for_backward(*tensors, seed, *output[1 + ctx.need_weights :])
 
 
 def _attend_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    *tensors, seed, context = ctx.saved_tensors[:8]
-    saved = ctx.saved_tensors[8:]
+    *tensors, seed = ctx.saved_tensors[:7]
+    saved = ctx.saved_tensors[7:]
     if not ctx.save:  # recorded without gradients in mind: make the saved tensors now
         *_, saved = call_attend(
             ctx.score, *tensors, ctx.scale, ctx.dropout, seed, False, True, ctx.backend
@@ -176,15 +174,15 @@ def _attend_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[1:6]]
     grad_weights = grads[1] if ctx.need_weights else None
     found = torch.ops.fusedrnn.attend_backward(
-        grads[0], grad_weights, ctx.score, *tensors, ctx.scale, ctx.dropout, seed, context, saved,
-        ctx.backend, needs,
+        grads[0], grad_weights, ctx.score, *tensors, ctx.scale, ctx.dropout, seed, saved, ctx.backend,
+        needs,
     )  # fmt: skip
     return None, *(g if need else None for g, need in zip(found, needs)), *[None] * 7
 
 
 def _attend_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     grad_context, grad_weights, ctx.score, *tensors, ctx.scale, ctx.dropout, seed = inputs[:12]
-    ctx.op_needs, ctx.n_saved = inputs[15], len(inputs[13])
+    ctx.op_needs, ctx.n_saved = inputs[14], len(inputs[12])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_context, grad_weights, *tensors, seed)
 
@@ -207,7 +205,7 @@ def _attend_backward_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any
     rest = iter(found)
     return (
         *starts, None, *(next(rest) if is_real else None for is_real in real),
-        None, None, None, None, None, [None] * ctx.n_saved, None, None,
+        None, None, None, None, [None] * ctx.n_saved, None, None,
     )  # fmt: skip
 
 

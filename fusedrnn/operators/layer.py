@@ -238,7 +238,8 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
     ctx.counts = len(weights), len(states)
     ctx.batch_sizes, ctx.resets = batch_sizes, resets
     saved = output[1 + len(states) :]
-    ctx.save_for_backward(input, *weights, *states, output[0], *saved)
+    # Whoever gets the output may write into it.
+    ctx.save_for_backward(input, *weights, *states, output[0].clone(), *saved)
 
 
 def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -252,7 +253,8 @@ def _layer_grad(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
             ctx.resets,
         )  # fmt: skip
     grad_last = [torch.zeros_like(s) if g is None else g for s, g in zip(states, grads[1 : 1 + n_states])]
-    needs = _needs(ctx, n_weights, n_states)
+    grad_needs = ctx.needs_input_grad  # register_autograd nests the flags of a list argument
+    needs = [bool(grad_needs[0]), *map(bool, grad_needs[2]), *map(bool, grad_needs[3])]
     found = torch.ops.fusedrnn.layer_backward(
         grads[0], grad_last, input, ctx.batch_sizes, weights, states, output, saved, ctx.cell,
         ctx.directions, ctx.backend, needs, ctx.resets,
@@ -277,12 +279,6 @@ def call_layer(
         input, batch_sizes, list(weights), list(states), cell, directions, save, backend, resets
     )
     return out[0], list(out[1 : 1 + len(states)]), list(out[1 + len(states) :])
-
-
-def _needs(ctx: Any, n_weights: int, n_states: int) -> list[bool]:
-    needs = ctx.needs_input_grad
-    # register_autograd nests the flags of a list argument
-    return [bool(needs[0]), *map(bool, needs[2]), *map(bool, needs[3])]
 
 
 def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

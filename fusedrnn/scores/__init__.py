@@ -6,4 +6,10 @@ from .spec import Score
 
 SCORES: dict[str, Score] = {score.name: score for score in (ADDITIVE, DOT)}
 
-__all__ = ["SCORES", "Score"]
+
+def factor(score: str, scale: float) -> float:
+    """What a kernel multiplies a score's energies by."""
+    return 1.0 if SCORES[score].weighted else scale
+
+
+__all__ = ["SCORES", "Score", "factor"]

@@ -11,13 +11,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...dtypes import DTYPES
+
 try:
     from ... import _C  # after torch: both then share one OpenMP runtime
 except ImportError as error:
     _C: ModuleType | None = None  # type: ignore[no-redef]
     _why_not = f"fusedrnn._C is not there ({error}); it is built by `pip install` where g++ works"
-
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # in csrc/bindings.cpp
 
 
 def unavailable() -> str | None:
@@ -29,7 +29,7 @@ def no_kernel(dtype: torch.dtype, device_type: str) -> str | None:
     """Why tensors of a dtype and device have no kernel here; None if they do."""
     if device_type != "cpu":
         return f"has CPU kernels only, got device {device_type}"
-    if dtype not in _STORAGE and dtype is not torch.float16:
+    if dtype not in DTYPES:
         return f"has kernels for float32, float64, float16 and bfloat16, got {dtype}"
     return None
 
@@ -50,13 +50,3 @@ def _pointer(tensor: Tensor | None) -> int:
 def _stored(tensor: Tensor) -> Tensor:
     """In the dtype that kernels read."""
     return tensor.float() if tensor.dtype is torch.float16 else tensor
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In the dtype of sums: at least fp32."""
-    return tensor if tensor.dtype is torch.float64 else tensor.float()
-
-
-def _sums(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, gates and states."""
-    return torch.float64 if dtype is torch.float64 else torch.float32

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...scores import factor
 from . import _C, no_kernel
 from .kept import Kept
 
@@ -55,7 +56,7 @@ def forward(
         dropout, seed: the share of weights to drop, and which.
     """
     context, weights, probabilities = _C.attend_forward(
-        torch.get_num_threads(), _SCORES[score], _scale(score, scale), dropout, seed, query, key, value, v,
+        torch.get_num_threads(), _SCORES[score], factor(score, scale), dropout, seed, query, key, value, v,
         lengths, mask, need_weights, save,
     )  # fmt: skip
     return context, weights, [] if probabilities is None else [probabilities]
@@ -72,7 +73,6 @@ def backward(
     scale: float,
     dropout: float,
     seed: int,
-    context: Tensor,
     saved: Sequence[Tensor],
     grad_context: Tensor | None,
     grad_weights: Tensor | None,
@@ -83,7 +83,7 @@ def backward(
     Reads `saved` and leaves it as it is.
     """
     d_query, d_key, d_value, d_v, d_scores = _C.attend_backward(
-        torch.get_num_threads(), _SCORES[score], _scale(score, scale), dropout, seed, query, key, value, v,
+        torch.get_num_threads(), _SCORES[score], factor(score, scale), dropout, seed, query, key, value, v,
         lengths, saved[0], grad_context, grad_weights, needs[0], needs[1],
         needs[2] and grad_context is not None, needs[3] and v is not None,
     )  # fmt: skip
@@ -124,7 +124,3 @@ def step(
         _keys.of(key), torch.get_num_threads(), need_weights, scale, query, weight, bias, v, g, key, value,
         lengths, mask,
     )  # fmt: skip
-
-
-def _scale(score: str, scale: float) -> float:
-    return scale if score == "dot" else 1.0

@@ -1,4 +1,4 @@
-"""What the kernels keep for tensors that they meet again: packed weights, exponentials of keys."""
+"""What is kept for tensors that are met again: exponentials of keys. csrc/packs.cpp keeps weights."""
 
 from __future__ import annotations
 

@@ -8,24 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...dtypes import accumulation
 from .. import gpu
-from . import _C, _stored, _sums, cuda, no_kernel
+from . import _C, _stored, cuda, no_kernel
 
 
 class _Cell(NamedTuple):
     number: int  # in csrc/cpu/scan.h
     gates: int
-    states: int
-    saves_gates: bool
-    extra: bool
-    split_gate: bool  # the last gate's h_gates gradient is not its x_gates gradient
+    saves: bool  # the gates, and c or the n gate's recurrent half
 
 
 _CELLS = {
-    "rnn_tanh": _Cell(0, 1, 1, False, False, False),
-    "rnn_relu": _Cell(1, 1, 1, False, False, False),
-    "lstm": _Cell(2, 4, 2, True, True, False),
-    "gru": _Cell(3, 3, 1, True, True, True),
+    "rnn_tanh": _Cell(0, 1, False),
+    "rnn_relu": _Cell(1, 1, False),
+    "lstm": _Cell(2, 4, True),
+    "gru": _Cell(3, 3, True),
 }
 
 
@@ -46,13 +44,11 @@ def saved_tensors(
         return gpu.saved_tensors(cuda.CELLS[cell], directions, rows, hidden, proj, dtype, save)
     spec = _CELLS[cell]
     shapes: list[tuple[int, ...]] = []
-    if spec.saves_gates:
-        shapes.append((directions, rows, spec.gates * hidden))
-    if spec.extra:
-        shapes.append((directions, rows, hidden))
+    if spec.saves:
+        shapes += [(directions, rows, spec.gates * hidden), (directions, rows, hidden)]
     if proj:
         shapes.append((directions, rows, hidden))
-    return [(shape, _sums(dtype)) for shape in shapes]
+    return [(shape, accumulation(dtype)) for shape in shapes]
 
 
 def one_step(
@@ -173,7 +169,7 @@ def _gradients(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     # each direction makes a gradient of the input of its own
     d_input = None if not d_inputs else d_inputs[0] if len(d_inputs) == 1 else d_inputs[0].add_(d_inputs[1])
-    if _sums(dtype) is not dtype:
+    if accumulation(dtype) is not dtype:
         d_input = None if d_input is None else d_input.to(dtype)
         d_weights = [None if g is None else g.to(dtype) for g in d_weights]
         d_states = [None if g is None else g.to(dtype) for g in d_states]

@@ -121,7 +121,6 @@ def backward(
     scale: float,
     dropout: float,
     seed: int,
-    context: Tensor,
     saved: Sequence[Tensor],
     grad_context: Tensor | None,
     grad_weights: Tensor | None,

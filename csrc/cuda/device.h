@@ -230,6 +230,13 @@ __device__ __forceinline__ uint32_t unknown(uint32_t value) {
 
 // ---- host ----------------------------------------------------------------------------------------------------
 
+// Whether an error says that this GPU or its driver runs no code of this build.
+inline bool runs_no_code(int error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver ||
+         error == cudaErrorNoDevice;
+}
+
 inline int device(Device& found) {
   int id;
   if (int error = cudaGetDevice(&id)) return error;
@@ -285,7 +292,13 @@ int fits(void (*kernel)(Args...), const Config& c, const Device& on, bool& fit) 
     fit = int64_t{c.grid.x} * c.grid.y * c.grid.z <= int64_t{each} * on.multiprocessors;
   } else {
     if (c.together == Together::kCluster) {
-      if (int error = cudaOccupancyMaxActiveClusters(&each, kernel, &made.config)) return error;
+      const int error = cudaOccupancyMaxActiveClusters(&each, kernel, &made.config);
+      if (error == cudaErrorInvalidClusterSize) {  // larger than this GPU has
+        cudaGetLastError();
+        each = 0;
+      } else if (error != 0) {
+        return error;
+      }
     }
     fit = each > 0;
   }

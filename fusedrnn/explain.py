@@ -43,7 +43,7 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
         tensors = list(tensors[0][:1])
     given = [t for t in tensors if isinstance(t, Tensor)]
     like = next(iter([*given, *module.parameters()]), torch.empty(0))
-    device_type, dtype = like.device.type, like.dtype
+    device_type, index, dtype = like.device.type, like.device.index, like.dtype
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
@@ -52,9 +52,13 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     hidden: Any = getattr(module, "hidden_size", None)
     if recurrent:
         resetting = resets is not None
-        request = select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resetting)
+        request = select.Request(
+            _cell(module), dtype, device_type, hidden=hidden, resets=resetting, device_index=index
+        )
     else:
-        request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
+        score = getattr(module, "score", "additive")
+        request = select.Request(score, dtype, device_type, "attend", device_index=index)
+    request = request.located()
     if select.requested() is not None:
         choice = select.choose(request)
         others = _others(request, choice, "another was asked for by name")
@@ -65,7 +69,7 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
-        reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
+        reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad, index)
     if reason is not None:
         against = {name: select.passed_over(name, request) for name in select.ORDER}
         return select.Choice(

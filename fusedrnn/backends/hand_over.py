@@ -27,6 +27,7 @@ def reason(
     batch: int,
     hidden: int,
     train: bool,
+    device_index: int | None = None,
 ) -> str | None:
     """Why a call should run on torch's own path; None if it should not.
 
@@ -39,9 +40,11 @@ def reason(
         dtype: the dtype that the call computes in.
         time, batch, hidden: T, B and H; for packed input B is the number of sequences.
         train: whether a gradient will be recorded.
+        device_index: the tensors' ``device.index``; None means the current GPU.
     """
-    request = select.Request(function.removesuffix("_cell"), dtype, device_type, hidden=hidden)
-    missing = select.no_kernel(request)
+    kind = function.removesuffix("_cell")
+    request = select.Request(kind, dtype, device_type, "layer", hidden, False, device_index)
+    missing = select.no_kernel(request.located())
     if missing is not None:
         if dtype.is_floating_point and device_type != "meta":  # torch has an error or no values there
             select.say_once(f"fusedrnn has no fused kernel for this, torch's own path runs ({missing})")

@@ -34,6 +34,14 @@ struct Config {
   intptr_t stream;
 };
 
+// Storage: bits alone, so that no header of CUDA's types is needed.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
 }  // namespace fusedrnn::cuda
 
 #if defined(FUSEDRNN_FIBERS)
@@ -50,14 +58,6 @@ struct Config {
 namespace fusedrnn::cuda {
 
 __device__ constexpr bool planted(Race) { return false; }
-
-// Storage: bits alone, so that no header of CUDA's types is needed.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -76,6 +76,11 @@ void scan_backward(const py::tuple& from, intptr_t stream) {
 
 bool scan_fits(int cell, int storage, int schedule, int64_t hidden, bool backward) {
   const int code = fusedrnn_cuda_scan_fits(cell, storage, schedule, hidden, backward);
+  if (fusedrnn_cuda_runs_no_code(code)) {  // an answer that lasts, as no other error is
+    PyErr_Format(PyExc_NotImplementedError, "has no code that this GPU and its driver run (CUDA: %s)",
+                 fusedrnn_cuda_error(code));
+    throw py::error_already_set();
+  }
   if (code != kFusedrnnCudaTooLarge) check(code);
   return code == 0;
 }

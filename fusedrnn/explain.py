@@ -44,7 +44,8 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = *_sizes(module, inputs[0]), request.hidden or 0
-        reason = hand_over.reason(function, request.device_type, request.dtype, *sizes, grad)
+        index = request.device_index
+        reason = hand_over.reason(function, request.device_type, request.dtype, *sizes, grad, index)
     if reason is not None:
         return _handed_over(request, reason)
     return _chosen(request, sized=bool(inputs))
@@ -99,13 +100,14 @@ def _looked_at(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor]
 
 def _request(module: nn.Module, given: list[Tensor], resets: bool) -> select.Request:
     like = next(iter([*given, *module.parameters()]), torch.empty(0))
-    device_type, dtype = like.device.type, like.dtype
+    device_type, index, dtype = like.device.type, like.device.index, like.dtype
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     if not isinstance(module, _RECURRENT):
-        return select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
+        score = getattr(module, "score", "additive")
+        return select.Request(score, dtype, device_type, "attend", device_index=index).located()
     hidden: Any = module.hidden_size
-    return select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resets)
+    return select.Request(_cell(module), dtype, device_type, "layer", hidden, resets, index).located()
 
 
 def _cell(module: Any) -> str:

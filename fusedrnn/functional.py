@@ -343,8 +343,10 @@ def _faster_by_torch(
         return None
     train = torch.is_grad_enabled() and (input.requires_grad or getattr(params[0], "requires_grad", False))
     batch, hidden = states[-1].shape[-2:]
-    device_type = input.device.type
-    return hand_over.reason(function, device_type, input.dtype, time, batch, hidden, train, announce=True)
+    device = input.device
+    return hand_over.reason(
+        function, device.type, input.dtype, time, batch, hidden, train, device.index, announce=True
+    )
 
 
 def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = False) -> tuple[str, str]:
@@ -353,14 +355,15 @@ def _backend(cell: str, input: Tensor, params: Sequence[Tensor], resets: bool = 
         return "torch", "ONNX knows torch's operators"
     hidden = params[1].shape[0] // len(CELLS[cell].gates)
     wanted = select.requested()
-    return _chosen(cell, input.dtype, input.device.type, hidden, resets, wanted), "asked for by name"
+    return _chosen(cell, input.dtype, input.device, hidden, resets, wanted), "asked for by name"
 
 
 def _chosen(
-    cell: str, dtype: torch.dtype, device_type: str, hidden: int, resets: bool, wanted: str | None
+    cell: str, dtype: torch.dtype, device: torch.device, hidden: int, resets: bool, wanted: str | None
 ) -> str:
     # `wanted` is what select reads by itself; as an argument it makes a compiled graph depend on it
-    return select.choose(select.Request(cell, dtype, device_type, hidden=hidden, resets=resets)).backend
+    request = select.Request(cell, dtype, device.type, "layer", hidden, resets, device.index)
+    return select.choose(request).backend
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo

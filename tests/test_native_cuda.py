@@ -216,6 +216,29 @@ def test_a_plan_is_asked_for_once(ran, monkeypatch):
     assert len(asked) == 2  # forward and backward
 
 
+@needs_fibers
+def test_an_error_of_cuda_is_no_answer(ran, monkeypatch):
+    """It is raised, and remembered by nobody; that a GPU runs no code of this build is an answer."""
+    request = select.Request("gru", torch.float32, "cpu", hidden=6)
+    failures = [RuntimeError("CUDA: out of memory"), RuntimeError("CUDA: out of memory")]
+    fits = cuda.kernels.scan_fits
+
+    def fails(*args):
+        if failures:
+            raise failures.pop()
+        return fits(*args)
+
+    monkeypatch.setattr(cuda.kernels, "scan_fits", fails)
+    with pytest.raises(RuntimeError, match="CUDA: out of memory"):
+        select.no_kernel(request)
+    with pytest.raises(RuntimeError, match="CUDA: out of memory"):
+        make("gru", 2, 6)(torch.zeros(2, 1, 2))
+    assert select.against("native", request) is None
+    cuda._schedule.cache_clear()
+    failures.append(NotImplementedError("has no code that this GPU runs"))
+    assert select.against("native", request) == "has no code that this GPU runs"
+
+
 def test_without_cuda_the_reason_is_said(monkeypatch):
     gone = SimpleNamespace(missing="FUSEDRNN_CUDA=0")
     monkeypatch.setattr(cuda, "kernels", gone)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -229,7 +230,7 @@ def test_explain_asks_where_torch_is_faster(
     seen = []
 
     def reason(cell: str, device_type: str, dtype: torch.dtype, *rest: Any, **_: Any) -> str:
-        seen.append((cell, *rest))
+        seen.append((cell, *rest[:4]))  # without the device's index
         return "torch is faster here"
 
     monkeypatch.setattr(hand_over, "reason", reason)
@@ -317,3 +318,82 @@ def test_what_waits_for_its_proof_runs_only_where_it_is_asked_for(monkeypatch: p
     assert "triton: waits for its proof" in (select.no_kernel(on_gpu) or "")
     with fusedrnn.use_backend("triton"):
         assert select.choose(on_gpu).backend == "triton"
+
+
+# ---- several GPUs ------------------------------------------------------------------------------
+
+
+class Gpus:
+    """In place of torch.cuda: which is current. The second one holds nothing larger than H = 100."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.asked: list[int] = []
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def unsupported(self, cell: str, dtype: torch.dtype, device_type: str, hidden: int = 1) -> str | None:
+        self.asked.append(self.current)
+        return "too large" if device_type == "cuda" and self.current == 1 and hidden > 100 else None
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    made = Gpus()
+    monkeypatch.setattr(select, "UNPROVEN", {("triton", "cuda")})
+    monkeypatch.setattr(select.get("native"), "unavailable", lambda: None)
+    monkeypatch.setattr(select.kernels("native", "layer"), "unsupported", made.unsupported)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
+    monkeypatch.setattr(torch.cuda, "device", made.device)
+    return made
+
+
+def test_the_gpu_of_the_tensors_is_asked(gpus: Gpus) -> None:
+    """Not the current one, and each once."""
+    large = select.Request("lstm", torch.float32, "cuda", hidden=1000)
+    with select.use_backend("native"):
+        for _ in range(2):
+            assert select.choose(large._replace(device_index=0)).backend == "native"
+            with pytest.raises(select.BackendError, match="too large"):
+                select.choose(large._replace(device_index=1))
+    assert gpus.asked[:2] == [0, 1]
+    assert gpus.current == 0
+    for index, why_not in ((0, None), (1, "no fused kernel can run it (native: too large"), (0, None)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reason = hand_over.reason("lstm", "cuda", torch.float32, 5, 3, 1000, True, index)
+        assert reason is None if why_not is None else why_not in (reason or "")
+
+
+def test_without_an_index_it_is_the_current_gpu(gpus: Gpus) -> None:
+    large = select.Request("lstm", torch.float32, "cuda", hidden=1000)
+    with select.use_backend("native"):
+        assert select.choose(large).backend == "native"
+        gpus.current = 1
+        with pytest.raises(select.BackendError, match="too large"):
+            select.choose(large)
+        assert select.choose(large._replace(device_index=0)).backend == "native"
+    assert gpus.asked == [0, 1]
+    assert large.located().device_index == 1
+
+
+def test_requests_of_a_cpu_are_equal(gpus: Gpus) -> None:
+    tensors = torch.zeros(1), torch.zeros(1, device="cpu"), torch.zeros(1, device="cpu:0")
+    assert {LSTM._replace(device_index=x.device.index).located() for x in tensors} == {LSTM}
+
+
+def test_explain_asks_of_the_gpu_of_its_input(gpus: Gpus) -> None:
+    class OnTheSecond(torch.Tensor):
+        device = torch.device("cuda:1")  # type: ignore[assignment]
+
+    x = torch.zeros(4, 1, 2).as_subclass(OnTheSecond)
+    assert explain(fusedrnn.LSTM(2, 100), x).backend == "native"
+    with pytest.warns(UserWarning, match="torch's own path runs"):
+        choice = explain(fusedrnn.LSTM(2, 1000), x)
+    assert (choice.backend, choice.why_not["native"]) == ("torch", "too large")

@@ -27,7 +27,7 @@ from gpu_layers import CELLS, DTYPES  # noqa: E402
 from interpreter import DEVICE, INTERPRETED  # noqa: E402
 from pieces import draw, in_pieces, resetting  # noqa: E402
 
-from fusedrnn.backends.triton import layer, plan, scan  # noqa: E402
+from fusedrnn.backends.triton import layer, plan, scan_kernels  # noqa: E402
 
 SCHEDULES = ["resident", "persistent", "streamed", "stepped"]
 # hidden, batch, time, lengths
@@ -167,7 +167,7 @@ def late(counter_ptr, arrivals):
 def test_a_wrong_barrier_is_caught(wrong, monkeypatch):
     module = make("gru", 5, 40)
     inputs = draw_inputs(module, time=5, batch=2)
-    monkeypatch.setattr(scan, "wait", wrong)
+    monkeypatch.setattr(scan_kernels, "wait", wrong)
     caught = []
     for order in ({"order": "eager"}, {"order": "lagging", "program": 1}, {"order": "random", "seed": 3}):
         try:

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from interpreter import DEVICE, INTERPRETED
 
-from fusedrnn.backends.triton import attend, attending
+from fusedrnn.backends.triton import attend, attend_launch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 by_kernel = partial(attend_kernels.by_kernel, attend)
@@ -31,9 +31,9 @@ every_score = pytest.mark.parametrize("score", SCORES)
 def few_programs(monkeypatch):
     """The interpreter's time goes by operations, whatever they have to do."""
     if INTERPRETED:
-        monkeypatch.setattr(attending, "PAIRS", attending.Tiles(2, 5, 8, 1))
-        monkeypatch.setattr(attending, "GRADIENTS", attending.Tiles(3, 2, 8, 1))
-        monkeypatch.setattr(attending, "STEP", dict.fromkeys((2, 4), attending.Tiles(1, 64, 8, 4)))
+        monkeypatch.setattr(attend_launch, "PAIRS", attend_launch.Tiles(2, 5, 8, 1))
+        monkeypatch.setattr(attend_launch, "GRADIENTS", attend_launch.Tiles(3, 2, 8, 1))
+        monkeypatch.setattr(attend_launch, "STEP", dict.fromkeys((2, 4), attend_launch.Tiles(1, 64, 8, 4)))
 
 
 def problem(*args, **options):

@@ -34,6 +34,14 @@ struct Config {
   intptr_t stream;
 };
 
+// Storage: bits alone, so that no header of CUDA's types is needed.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
 }  // namespace fusedrnn::cuda
 
 #if defined(FUSEDRNN_FIBERS)
@@ -50,14 +58,6 @@ struct Config {
 namespace fusedrnn::cuda {
 
 __device__ constexpr bool planted(Race) { return false; }
-
-// Storage: bits alone, so that no header of CUDA's types is needed.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -136,16 +136,19 @@ __device__ __forceinline__ void wait_for_last_launch() {
 #endif
 }
 
-// A counter in global memory that only grows. Whoever waits until it is at least `target` sees what those
+// A counter in global memory that only grows. Whoever waits until it has reached `target` sees what those
 // who arrived had seen; differences are taken, so it may wrap.
 __device__ __forceinline__ void arrive(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
+__device__ __forceinline__ bool reached(const uint32_t* counter, uint32_t target) {
   uint32_t now;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-  } while (static_cast<int32_t>(now - target) < 0);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  return static_cast<int32_t>(now - target) >= 0;
+}
+__device__ __forceinline__ void wait(const uint32_t* counter, uint32_t target) {
+  while (!reached(counter, target)) {
+  }
 }
 
 // ---- clusters, from sm_90 on: the blocks of a row of the grid, which see each other's shared memory.
@@ -174,20 +177,23 @@ __device__ __forceinline__ void arrivals_expect(Arrivals* arrivals, int bytes) {
                : "memory");
 #endif
 }
-// Until the phase whose number has this parity is over.
-__device__ __forceinline__ void arrivals_wait(Arrivals* arrivals, int parity) {
+// Whether the phase whose number has this parity is over; it may take its time to see that it is not.
+__device__ __forceinline__ bool arrivals_over(Arrivals* arrivals, int parity) {
+  uint32_t over = 1;
 #if FUSEDRNN_ARCH >= 900
-  uint32_t over;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(over)
-        : "r"(shared_address(arrivals)), "r"(parity)
-        : "memory");
-  } while (over == 0);
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(over)
+      : "r"(shared_address(arrivals)), "r"(parity)
+      : "memory");
 #endif
+  return over != 0;
+}
+__device__ __forceinline__ void arrivals_wait(Arrivals* arrivals, int parity) {
+  while (!arrivals_over(arrivals, parity)) {
+  }
 }
 // 16 bytes to where `shared` is in block `peer` of the cluster, and to its `arrivals`.
 __device__ __forceinline__ void push(int peer, void* shared, uint4 value, Arrivals* arrivals) {
@@ -229,6 +235,15 @@ __device__ __forceinline__ uint32_t unknown(uint32_t value) {
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------
+
+inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// Whether an error says that this GPU or its driver runs no code of this build.
+inline bool runs_no_code(int error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver ||
+         error == cudaErrorNoDevice;
+}
 
 inline int device(Device& found) {
   int id;
@@ -285,7 +300,13 @@ int fits(void (*kernel)(Args...), const Config& c, const Device& on, bool& fit) 
     fit = int64_t{c.grid.x} * c.grid.y * c.grid.z <= int64_t{each} * on.multiprocessors;
   } else {
     if (c.together == Together::kCluster) {
-      if (int error = cudaOccupancyMaxActiveClusters(&each, kernel, &made.config)) return error;
+      const int error = cudaOccupancyMaxActiveClusters(&each, kernel, &made.config);
+      if (error == cudaErrorInvalidClusterSize) {  // larger than this GPU has
+        cudaGetLastError();
+        each = 0;
+      } else if (error != 0) {
+        return error;
+      }
     }
     fit = each > 0;
   }

@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "scan.h"
+
 #define FUSEDRNN_ARCH 1000
 #define __global__
 #define __device__
@@ -79,13 +81,6 @@ inline float shuffle_xor(float value, int mask) {
 }
 
 inline bool planted(Race race) { return static_cast<int>(race) == machine.race; }
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 template <class To, class From>
 To cast_bits(From from) {
@@ -249,6 +244,10 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 // ---- host ----------------------------------------------------------------------------------------------------
 
+inline const char* error_text(int) { return "none over fibers"; }
+
+inline bool runs_no_code(int) { return false; }
+
 inline int device(Device& found) {
   found = {machine.multiprocessors, machine.shared_bytes};
   return 0;
@@ -267,11 +266,9 @@ int fits(void (*)(Args...), const Config& c, const Device& on, bool& fit) {
   return 0;
 }
 
-constexpr int kDeadlock = -3;  // kFusedrnnCudaDeadlock
-
 template <class... Args>
 int launch(void (*kernel)(Args...), const Config& c, Args... args) {
-  return run(c.grid, c.threads, c.shared, 1, [=](int64_t) { kernel(args...); }) ? 0 : kDeadlock;
+  return run(c.grid, c.threads, c.shared, 1, [=](int64_t) { kernel(args...); }) ? 0 : kFusedrnnCudaDeadlock;
 }
 
 template <class Arguments, class Tile>
@@ -282,7 +279,7 @@ int launch_steps(void (*kernel)(Arguments, Tile), const Config& c, int64_t count
     of_step.step = step;
     kernel(arguments, of_step);
   };
-  return run(c.grid, c.threads, c.shared, count, body) ? 0 : kDeadlock;
+  return run(c.grid, c.threads, c.shared, count, body) ? 0 : kFusedrnnCudaDeadlock;
 }
 
 }  // namespace fusedrnn::cuda

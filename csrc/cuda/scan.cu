@@ -71,6 +71,10 @@ int fusedrnn_cuda_scan_fits(int32_t cell, int32_t storage, int32_t schedule, int
   return fits(cell, storage, schedule, hidden);
 }
 
+const char* fusedrnn_cuda_error(int32_t code) { return error_text(code); }
+
+int fusedrnn_cuda_runs_no_code(int32_t code) { return runs_no_code(code); }
+
 #if defined(FUSEDRNN_FIBERS)
 // The machine of the launches that follow.
 extern "C" FUSEDRNN_EXPORT void fusedrnn_fibers_machine(int order, unsigned seed, int multiprocessors,

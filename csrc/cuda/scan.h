@@ -81,6 +81,12 @@ struct FusedrnnCudaBackward {
 FUSEDRNN_EXPORT int fusedrnn_cuda_scan_fits(int32_t cell, int32_t storage, int32_t schedule, int64_t hidden,
                                             int32_t backward);
 
+// CUDA's words for a cudaError_t.
+FUSEDRNN_EXPORT const char* fusedrnn_cuda_error(int32_t code);
+
+// Whether a cudaError_t says that this GPU or its driver runs no code of this build: what fits will not change.
+FUSEDRNN_EXPORT int fusedrnn_cuda_runs_no_code(int32_t code);
+
 FUSEDRNN_EXPORT int fusedrnn_cuda_scan_forward(const FusedrnnCudaForward* arguments, intptr_t stream);
 FUSEDRNN_EXPORT int fusedrnn_cuda_scan_backward(const FusedrnnCudaBackward* arguments, intptr_t stream);
 }

@@ -1,15 +1,17 @@
-// The exchange of one time step and nothing else, by every mechanism that a scan could use.
+// The exchange of one time step and nothing else, by every mechanism that a scan could use: by device.h's own
+// primitives where the scans have them, but that whoever waits in vain fails and does not hang.
 //
 // A round: each block writes its share of the data, all wait, each reads all of it. What is written
 // depends on what was read, so rounds cannot overlap; every word is the number of its round, so a
 // mechanism that lets stale data through is found out. Two buffers in turn are enough: whoever writes
 // round r + 2 has read all of round r + 1, which each block wrote after it had read round r.
-#include "cuda/sync_latency.h"
+#include "sync_latency.h"
 
 #include <cooperative_groups.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
+
+#include "device.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -21,7 +23,7 @@ constexpr int kPatience = 1 << 20;  // polls, about a second: then the kernel fa
 struct Exchange {
   int rounds;
   int vectors;           // of 16 bytes, that each block reads in a round
-  unsigned* counter;     // [1], zero
+  uint32_t* counter;     // [1], zero
   uint4* buffers;        // [2, vectors], zero
   long long* cycles;     // [1]
   long long* wrong;      // [1], zero
@@ -30,23 +32,11 @@ struct Exchange {
 __host__ __device__ constexpr bool in_shared(Mechanism m) { return m == kBlock || m == kCluster || m == kPush; }
 __host__ __device__ constexpr bool in_cluster(Mechanism m) { return m == kCluster || m == kPush; }
 
-__device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
 __device__ void be_patient(int& polls) {
   if (++polls > kPatience) __trap();
 }
 
-// ---- L2 ---------------------------------------------------------------------------------------
-
-__device__ void release_add(unsigned* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ unsigned acquire(const unsigned* counter) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
+// ---- what no scan has ---------------------------------------------------------------------------
 
 // A word and its flag are 8 bytes, which are written and read at once.
 __device__ void store_flagged(uint4* p, unsigned value, unsigned flag) {
@@ -61,88 +51,41 @@ __device__ uint4 load_flagged(const uint4* p) {
           static_cast<unsigned>(b >> 32)};
 }
 
-// ---- clusters, sm_90 and later ----------------------------------------------------------------
-
-#if __CUDA_ARCH__ >= 900
+// Clusters are from sm_90 on; the host refuses to launch them on others.
 
 __device__ unsigned cluster_rank() {
-  unsigned rank;
+  unsigned rank = 0;
+#if FUSEDRNN_ARCH >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
   return rank;
 }
 
 __device__ unsigned cluster_size() {
-  unsigned size;
+  unsigned size = 1;
+#if FUSEDRNN_ARCH >= 900
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
   return size;
 }
 
-__device__ void cluster_barrier() {
-  __syncwarp();  // for .aligned
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The address in block `rank` of what is at `address` here.
-__device__ unsigned peer_address(unsigned address, unsigned rank) {
-  unsigned peer;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-  return peer;
-}
-
-__device__ void store_peer(unsigned address, unsigned value) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ void push_peer(unsigned address, unsigned value, unsigned barrier) {
+// 16 bytes to where `shared` is in block `peer`.
+__device__ void store_peer(unsigned peer, void* shared, unsigned value) {
+#if FUSEDRNN_ARCH >= 900
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %1, %1, %1}, [%2];" ::"r"(
-          address),
-      "r"(value), "r"(barrier)
+      "{\n.reg .u32 to;\n"
+      "mapa.shared::cluster.u32 to, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [to], {%2, %2, %2, %2};\n}" ::"r"(shared_address(shared)),
+      "r"(peer), "r"(value)
       : "memory");
-}
-
-__device__ void init_barrier(unsigned barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-
-__device__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-__device__ void expect(unsigned barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ bool arrived(unsigned barrier, unsigned parity) {
-  unsigned done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-#else  // the host refuses to launch these
-
-__device__ unsigned cluster_rank() { return 0; }
-__device__ unsigned cluster_size() { return 1; }
-__device__ void cluster_barrier() {}
-__device__ unsigned peer_address(unsigned address, unsigned) { return address; }
-__device__ void store_peer(unsigned, unsigned) {}
-__device__ void push_peer(unsigned, unsigned, unsigned) {}
-__device__ void init_barrier(unsigned) {}
-__device__ void publish_barriers() {}
-__device__ void expect(unsigned, unsigned) {}
-__device__ bool arrived(unsigned, unsigned) { return true; }
-
 #endif
+}
 
 // ---- the exchange -----------------------------------------------------------------------------
 
 template <Mechanism M>
 __device__ void write(const Exchange& x, uint4* buffer, unsigned rank, unsigned ranks, unsigned round, unsigned value,
-                      unsigned barrier) {
+                      Arrivals* arrivals) {
   const int begin = static_cast<int>(int64_t{x.vectors} * rank / ranks);
   const int end = static_cast<int>(int64_t{x.vectors} * (rank + 1) / ranks);
   for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
@@ -150,9 +93,8 @@ __device__ void write(const Exchange& x, uint4* buffer, unsigned rank, unsigned 
       store_flagged(buffer + i, value, round);
     } else if constexpr (in_cluster(M)) {
       for (unsigned peer = 0; peer < ranks; ++peer) {
-        const unsigned to = peer_address(shared_address(buffer + i), peer);
-        if constexpr (M == kCluster) store_peer(to, value);
-        if constexpr (M == kPush) push_peer(to, value, peer_address(barrier, peer));
+        if constexpr (M == kCluster) store_peer(peer, buffer + i, value);
+        if constexpr (M == kPush) push(peer, buffer + i, {value, value, value, value}, arrivals);
       }
     } else {
       buffer[i] = {value, value, value, value};
@@ -164,7 +106,7 @@ template <Mechanism M>
 __device__ uint4 load(const uint4* p) {
   if constexpr (M == kFlags) return load_flagged(p);
   if constexpr (in_shared(M)) return *p;
-  return __ldcg(p);
+  return load_fresh(p);
 }
 
 // Reads a whole round; what differs from its number.
@@ -198,41 +140,40 @@ __device__ unsigned read(const Exchange& x, const uint4* buffer, unsigned round)
 template <Mechanism M>
 __global__ void __launch_bounds__(1024, 1) exchange_kernel(Exchange x) {
   extern __shared__ uint4 shared[];  // [2, vectors] where the data is exchanged there
-  __shared__ alignas(8) uint64_t barriers[2];
+  __shared__ Arrivals arrivals[2];
   uint4* const buffers = in_shared(M) ? shared : x.buffers;
   const bool first = threadIdx.x == 0;
   unsigned rank = blockIdx.x, ranks = gridDim.x;
   if constexpr (in_cluster(M)) {
     rank = cluster_rank(), ranks = cluster_size();
     if (first) {
-      for (auto& barrier : barriers) init_barrier(shared_address(&barrier));
-      publish_barriers();
+      for (auto& each : arrivals) arrivals_init(&each);
     }
-    cluster_barrier();  // every block runs, and its barriers are there
+    cluster_sync();  // every block runs, and its arrivals are there
   }
 
   unsigned differs = 0;
   const long long began = clock64();
   for (unsigned round = 1; round <= static_cast<unsigned>(x.rounds); ++round) {
     uint4* const buffer = buffers + (round & 1) * x.vectors;
-    const unsigned barrier = M == kPush ? shared_address(&barriers[round & 1]) : 0;
-    if (M == kPush && first) expect(barrier, x.vectors * sizeof(uint4));
-    write<M>(x, buffer, rank, ranks, round, round + differs, barrier);
+    Arrivals* const counted = &arrivals[round & 1];
+    if (M == kPush && first) arrivals_expect(counted, x.vectors * static_cast<int>(sizeof(uint4)));
+    write<M>(x, buffer, rank, ranks, round, round + differs, counted);
 
     if constexpr (M == kBlock) __syncthreads();
     if constexpr (M == kGrid) cooperative_groups::this_grid().sync();
-    if constexpr (M == kCluster) cluster_barrier();
+    if constexpr (M == kCluster) cluster_sync();
     int polls = 0;
     if constexpr (M == kCounter) {
       __syncthreads();
       if (first) {
-        release_add(x.counter);
-        while (acquire(x.counter) < round * gridDim.x) be_patient(polls);
+        arrive(x.counter);
+        while (!reached(x.counter, round * gridDim.x)) be_patient(polls);
       }
       __syncthreads();
     }
     if constexpr (M == kPush) {
-      while (!arrived(barrier, (round - 1) >> 1 & 1)) be_patient(polls);
+      while (!arrivals_over(counted, (round - 1) >> 1 & 1)) be_patient(polls);
     }
 
     differs |= read<M>(x, buffer, round);
@@ -241,7 +182,7 @@ __global__ void __launch_bounds__(1024, 1) exchange_kernel(Exchange x) {
   }
   if (first && blockIdx.x == 0) *x.cycles = clock64() - began;
   if (differs != 0) atomicAdd(reinterpret_cast<unsigned long long*>(x.wrong), 1ull);
-  if constexpr (in_cluster(M)) cluster_barrier();  // the others may still write here
+  if constexpr (in_cluster(M)) cluster_sync();  // the others may still write here
 }
 
 // ---- the host ---------------------------------------------------------------------------------
@@ -348,7 +289,7 @@ extern "C" int fusedrnn_cuda_sync_rounds(int mechanism, int blocks, int threads,
   auto* const queue = reinterpret_cast<cudaStream_t>(stream);
   auto* const memory = reinterpret_cast<char*>(scratch);
   auto* const found = reinterpret_cast<long long*>(result);
-  const Exchange x{rounds, vectors_of(m, bytes), reinterpret_cast<unsigned*>(memory),
+  const Exchange x{rounds, vectors_of(m, bytes), reinterpret_cast<uint32_t*>(memory),
                    reinterpret_cast<uint4*>(memory + kLine), found, found + 1};
   error = cudaMemsetAsync(memory, 0, 4 * static_cast<size_t>(bytes) + kLine, queue);
   if (error == cudaSuccess) error = cudaMemsetAsync(found, 0, 2 * sizeof(*found), queue);
@@ -357,5 +298,3 @@ extern "C" int fusedrnn_cuda_sync_rounds(int mechanism, int blocks, int threads,
   launch.config.stream = queue;
   return cudaLaunchKernelEx(&launch.config, launch.kernel, x);
 }
-
-extern "C" const char* fusedrnn_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

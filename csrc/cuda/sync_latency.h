@@ -33,6 +33,4 @@ int fusedrnn_cuda_sync_capacity(int mechanism, int threads, int cluster, int byt
 // before any launch, where the blocks do not fit.
 int fusedrnn_cuda_sync_rounds(int mechanism, int blocks, int threads, int cluster, int bytes, int rounds,
                               uint64_t scratch, uint64_t result, intptr_t stream);
-
-const char* fusedrnn_cuda_error(int code);
 }

@@ -27,6 +27,7 @@ def reason(
     batch: int,
     hidden: int,
     train: bool,
+    device_index: int | None = None,
     announce: bool = False,
 ) -> str | None:
     """Why a call should run on torch's own path; None if it should not.
@@ -40,10 +41,12 @@ def reason(
         dtype: the dtype that the call computes in.
         time, batch, hidden: T, B and H; for packed input B is the number of sequences.
         train: whether a gradient will be recorded.
+        device_index: the tensors' ``device.index``; None means the current GPU.
         announce: say, once, where it is for lack of a kernel: for a caller that acts on the answer.
     """
-    request = select.Request(function.removesuffix("_cell"), dtype, device_type, hidden=hidden)
-    missing = select.no_kernel(request)
+    kind = function.removesuffix("_cell")
+    request = select.Request(kind, dtype, device_type, "layer", hidden, False, device_index)
+    missing = select.no_kernel(request.located())
     if missing is not None:
         # of others torch has an error or no values
         if announce and dtype.is_floating_point and device_type != "meta":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -30,6 +31,13 @@ class Request(NamedTuple):
     operation: str = "layer"  # or "attend"
     hidden: int | None = None  # H of a layer: what a GPU must hold; None asks for no size in particular
     resets: bool = False
+    device_index: int | None = None  # of a GPU; None asks about the current one
+
+    def located(self) -> Request:
+        """With the index of its GPU, so that what is remembered of one is not said of another."""
+        if self.device_type != "cuda" or self.device_index is not None or not torch.cuda.is_initialized():
+            return self
+        return self._replace(device_index=torch.cuda.current_device())
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,14 @@ def against(name: str, request: Request) -> str | None:
         return f"has no {request.operation} kernels"
     sizes = () if request.hidden is None else (request.hidden,)
     unsupported = kernels(name, request.operation).unsupported
-    return unsupported(request.kind, request.dtype, request.device_type, *sizes)
+    with _current(request):  # of which GPU kernels answer
+        return unsupported(request.kind, request.dtype, request.device_type, *sizes)
+
+
+def _current(request: Request) -> AbstractContextManager[Any]:
+    if request.device_type != "cuda" or request.device_index is None or not torch.cuda.is_available():
+        return nullcontext()
+    return torch.cuda.device(request.device_index)
 
 
 def passed_over(name: str, request: Request) -> str | None:
@@ -127,7 +142,7 @@ def passed_over(name: str, request: Request) -> str | None:
 
 @cache
 def no_kernel(request: Request) -> str | None:
-    """Why the automatic choice has no fused kernel for a request, per backend; None if it has one."""
+    """Why the automatic choice has no fused kernel for a located request, per backend; None if it has one."""
     reasons = {name: passed_over(name, request) for name in ORDER if name != "reference"}
     if None in reasons.values():
         return None
@@ -162,12 +177,12 @@ def answer(request: Request) -> Choice:
     Raises:
         BackendError: a backend was asked for and cannot run the request.
     """
-    return _table(request, _requested)
+    return _table(request.located(), _requested)
 
 
 def choose(request: Request) -> Choice:
     """:func:`answer`, to act on. Warns once per reason when nothing fused can run the request."""
-    choice = _table(request, _requested)
+    choice = answer(request)
     if choice.backend == "reference" and _requested is None:
         say_once(f"fusedrnn runs its reference path, which is slow ({no_kernel(request)})")
     return choice

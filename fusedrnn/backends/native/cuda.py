@@ -45,7 +45,11 @@ _PIECE = 16  # bytes that a row of weights is filled up to
 
 
 def unsupported(cell: str, dtype: torch.dtype, hidden: int | None) -> str | None:
-    """Why a layer cannot run on the current device; None if it can. Without `hidden`, one of any size."""
+    """Why a layer cannot run on the current device; None if it can. Without `hidden`, one of any size.
+
+    Raises:
+        RuntimeError: CUDA failed while it was asked, which says nothing of the next time.
+    """
     if kernels.missing is not None:
         return f"has no CUDA kernels in this build ({kernels.missing})"
     if dtype not in _STORAGE:
@@ -55,7 +59,7 @@ def unsupported(cell: str, dtype: torch.dtype, hidden: int | None) -> str | None
     try:
         for backward in (False, True):
             _schedule(cell, _storage(dtype), hidden, backward, _device())
-    except RuntimeError as error:
+    except NotImplementedError as error:
         return str(error)
     return None
 
@@ -113,7 +117,7 @@ def gates_again(c: gpu.Call, states: Sequence[Tensor], output: Tensor) -> Tensor
 
 
 def schedule(cell: str, dtype: torch.dtype, hidden: int, backward: bool = False) -> str:
-    """The name of the schedule that runs a scan on the current device."""
+    """The name of the schedule that runs a scan on the current device. Raises what `_schedule` does."""
     number = _schedule(cell, _storage(dtype), hidden, backward, _device())
     return next(name for name, known in _SCHEDULES.items() if known == number)
 
@@ -123,12 +127,13 @@ def _schedule(cell: str, storage: int, hidden: int, backward: bool, device: int)
     """The first that can run the scan, asked of the code that launches it.
 
     Raises:
-        RuntimeError: none can, or there is no device to ask.
+        NotImplementedError: none can, or the device runs no code of this build.
+        RuntimeError: CUDA failed.
     """
     for schedule in _SCHEDULES.values():
         if kernels.scan_fits(CELLS[cell].number, storage, schedule, hidden, backward):
             return schedule
-    raise RuntimeError(f"has no schedule for {cell} with H = {hidden} on this GPU")
+    raise NotImplementedError(f"has no schedule for {cell} with H = {hidden} on this GPU")
 
 
 def _planned(c: gpu.Call, backward: bool) -> tuple[int, tuple[Tensor | None, ...]]:
@@ -157,7 +162,7 @@ def _split_pays(device: int) -> bool:
 
 def _device() -> int:
     if not torch.cuda.is_available():
-        raise RuntimeError("there is no GPU to ask whether it can hold the weights")
+        raise NotImplementedError("there is no GPU to ask whether it can hold the weights")
     return torch.cuda.current_device()
 
 

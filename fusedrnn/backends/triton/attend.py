@@ -25,7 +25,7 @@ def saved_shapes(batch: int, heads: int, queries: int, keys: int) -> list[tuple[
 
 def forward(score: str, query: Tensor, *rest: Any) -> Any:
     """Context, weights and what is saved. Shapes: docs/architecture.md, "The attend"."""
-    from .attending import forward
+    from .attend_launch import forward
 
     with torch.cuda.device_of(query):  # Triton launches on the current one
         return forward(score, query, *rest)
@@ -33,7 +33,7 @@ def forward(score: str, query: Tensor, *rest: Any) -> Any:
 
 def backward(score: str, query: Tensor, *rest: Any) -> Any:
     """Gradients of query, key, value, v and of an added mask; None where not needed."""
-    from .attending import backward
+    from .attend_launch import backward
 
     with torch.cuda.device_of(query):  # Triton launches on the current one
         return backward(score, query, *rest)

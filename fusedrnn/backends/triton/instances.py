@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import plan
-from .attending import CONTEXT, GRADIENTS, NUM_STAGES, PAIRS, PRODUCT, VALUES, Tiles, forward_tiles
-from .attention import ANY as ANY_ROWS
-from .attention import (
+from .attend_kernels import ANY as ANY_ROWS
+from .attend_kernels import (
     attend_fwd_kernel,
     attend_pairs_bwd_kernel,
     attend_rows_bwd_kernel,
     attend_scores_bwd_kernel,
     attend_scores_fwd_kernel,
 )
+from .attend_launch import CONTEXT, GRADIENTS, NUM_STAGES, PAIRS, PRODUCT, VALUES, Tiles, forward_tiles
 from .cells import CELLS, Cell
-from .scan import ANY, scan_bwd_kernel, scan_fwd_kernel
+from .scan_kernels import ANY, scan_bwd_kernel, scan_fwd_kernel
 from .scores import SCORES
-from .step import activate_kernel, step_fwd_kernel
+from .step_kernels import activate_kernel, step_fwd_kernel
 
 _SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _HIDDEN = (16, 32, 64, 80, 128, 256, 512, 1024, 2048)

@@ -23,22 +23,22 @@ def saved_tensors(
     cell: str, directions: int, rows: int, hidden: int, proj: bool, dtype: torch.dtype, save: int, device: str
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `forward` returns as saved."""
-    from .scans import CELLS
+    from .scan_launch import CELLS
 
     return gpu.saved_tensors(CELLS[cell], directions, rows, hidden, proj, dtype, save)
 
 
 def forward(cell: str, input: Tensor, *rest: Any) -> Any:
     """One layer. Shapes: docs/architecture.md, "The layer"."""
-    from . import scans
+    from . import scan_launch
 
     with torch.cuda.device_of(input):  # Triton launches on the current one
-        return gpu.forward(scans, cell, input, *rest)
+        return gpu.forward(scan_launch, cell, input, *rest)
 
 
 def backward(cell: str, input: Tensor, *rest: Any) -> Any:
     """Gradients of `input`, `weights` and `states`, in their order; None where not needed."""
-    from . import scans
+    from . import scan_launch
 
     with torch.cuda.device_of(input):  # Triton launches on the current one
-        return gpu.backward(scans, cell, input, *rest)
+        return gpu.backward(scan_launch, cell, input, *rest)

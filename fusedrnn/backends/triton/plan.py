@@ -22,7 +22,7 @@ MAX_REGISTERS = 255  # that a thread can have
 
 
 class Plan(NamedTuple):
-    """A schedule (scan.py) and its tiles: BB rows of the batch by BU units, products in NK tiles of BK."""
+    """A schedule (scan_kernels.py) and its tiles: BB rows of the batch by BU units, K in NK tiles of BK."""
 
     schedule: str  # resident | persistent | stepped
     BB: int

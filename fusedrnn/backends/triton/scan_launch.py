@@ -11,8 +11,8 @@ from torch import Tensor
 from ..gpu import Call, Saved, before, precision, project_input
 from . import plan
 from .cells import CELLS as CELLS
-from .scan import scan_bwd_kernel, scan_fwd_kernel
-from .step import activate_kernel, step_fwd_kernel
+from .scan_kernels import scan_bwd_kernel, scan_fwd_kernel
+from .step_kernels import activate_kernel, step_fwd_kernel
 
 
 def forward(c: Call, x_gates: Tensor, start: Tensor, states: Tensor, h: Tensor, saved: Saved) -> None:

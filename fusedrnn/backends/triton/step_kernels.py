@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .scan import columns, gates_of
+from .scan_kernels import columns, gates_of
 
 
 @triton.jit

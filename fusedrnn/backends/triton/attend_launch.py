@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import (
+from .attend_kernels import (
     attend_fwd_kernel,
     attend_pairs_bwd_kernel,
     attend_rows_bwd_kernel,

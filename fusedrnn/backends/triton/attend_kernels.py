@@ -1,4 +1,4 @@
-"""The loops over tiles of every attend, forward and backward: scores are handed in, as cells are to scan.py.
+"""The loops over tiles of every attend, forward and backward; scores are handed in, as a scan's cells are.
 
 Forward: a program owns BQ queries of a head. It makes their scores, a tile of keys at a time, and with them
 the softmax's maximum and sum; then the probabilities; then the context, a tile of values' columns at a time,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ __all__ = [
     "Parity", "Row", "assert_parity", "check", "compare", "draw_inputs", "parity", "poison", "rounding",
     "stock",
 ]  # fmt: skip
+
+Found = dict[str, Tensor | None]
 
 STOCK = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 
@@ -125,7 +128,8 @@ def parity(
 
     Compared are the outputs, and with ``gradients`` the gradient of every floating input and of
     every parameter that requires one, for random gradients of all outputs. ``module`` runs on
-    poisoned buffers (:func:`poison`). Neither module is changed, nor is the random state.
+    poisoned buffers (:func:`poison`). Each run has inputs of its own; one that ``module`` overwrites and
+    ``reference`` does not is red. Neither module is changed, nor are the inputs or the random state.
 
     Args:
         module: the module under test, on the backend in force.
@@ -147,9 +151,9 @@ def parity(
         inputs = (inputs,)
     named = inspect.signature(reference.forward).bind(*inputs).arguments
 
-    exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), Tensor.double)
+    exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), _widened)
 
-    def own(which: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    def own(which: nn.Module, arguments: dict[str, Any]) -> tuple[Found, set[str]]:
         # also under enable(), which sends stock modules to the kernels
         with use_backend("torch"), warnings.catch_warnings(), _cudnn(not second_order):
             warnings.simplefilter("ignore")  # of torch about its own path, such as lacking oneDNN
@@ -157,8 +161,12 @@ def parity(
 
     with torch.random.fork_rng(devices={p.device for p in module.parameters() if p.is_cuda}):
         with poison():
-            ours = _run(module, named, gradients, second_order, seed)
-        return check(ours, own(reference, named), lambda: own(exact, widened))
+            ours, written = _run(module, named, gradients, second_order, seed)
+        theirs, written_too = own(reference, named)
+        rows = check(ours, theirs, lambda: own(exact, widened)[0]).rows
+    note = "overwritten by the call, as torch's is not"
+    changed = [Row(name, math.inf, 0.0, 0.0, note=note) for name in sorted(written - written_too)]
+    return Parity((*rows, *changed))
 
 
 def assert_parity(
@@ -178,20 +186,29 @@ def assert_parity(
 
 
 def _run(
+    module: nn.Module, given: dict[str, Any], gradients: bool, second_order: bool, seed: int
+) -> tuple[Found, set[str]]:
+    """Every tensor to compare, by name, and the names of the inputs that the run has overwritten."""
+    wanted = gradients or second_order
+    inputs = _map(given, lambda t: _copied(t).requires_grad_(wanted and t.is_floating_point()))
+    with _buffers_kept(module):
+        found = _computed(module, inputs, gradients, second_order, seed)
+    pairs = zip(_leaves(inputs), _leaves(given))
+    return found, {name for (name, after), (_, before) in pairs if not _same(after, before)}
+
+
+def _computed(
     module: nn.Module, inputs: dict[str, Any], gradients: bool, second_order: bool, seed: int
-) -> dict[str, Tensor | None]:
-    """Every tensor to compare, by name."""
+) -> Found:
     torch.manual_seed(seed)
     wanted = gradients or second_order
-    # detached, not cloned: strides and overlaps are part of the input
-    inputs = _map(inputs, lambda t: t.detach().requires_grad_(wanted))
     with torch.set_grad_enabled(wanted):
-        outputs = dict(_named(module(*inputs.values()), "output"))
-    found: dict[str, Tensor | None] = {**outputs}
+        outputs = {n: t for n, t in _named(module(*inputs.values()), "output") if t.is_floating_point()}
+    found: Found = {**outputs}
     if not wanted:
         return found
 
-    leaves = [leaf for name, value in inputs.items() for leaf in _named(value, name)]
+    leaves = [(name, t) for name, t in _leaves(inputs) if t.is_floating_point()]
     leaves += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     tensors = [leaf for _, leaf in leaves]
     make = torch.Generator().manual_seed(seed + 2)
@@ -211,18 +228,57 @@ def _run(
 
 
 def _named(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors of a nested value, each with its path."""
+    """The tensors of a nested value, each with its path."""
     if isinstance(tree, PackedSequence):
         yield from _named(tree.data, f"{name}.data")
     elif isinstance(tree, Tensor):
-        if tree.is_floating_point():
-            yield name, tree
+        yield name, tree
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from _named(value, f"{name}[{key!r}]")
     elif isinstance(tree, (tuple, list)):
         for i, value in enumerate(tree):
             yield from _named(value, f"{name}[{i}]")
+
+
+def _leaves(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [leaf for name, value in inputs.items() for leaf in _named(value, name)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A detached copy: strides, overlaps and alignment are part of the input."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return tensor.clone()
+    size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+    lead = offset % 64
+    span = 1 + sum((n - 1) * step for n, step in zip(size, stride))
+    flat = tensor.as_strided((lead + span,), (1,), offset - lead).clone()
+    return flat.as_strided(size, stride, lead)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a run makes of buffers, such as the statistics of BatchNorm."""
+    before = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, values in before:
+            if not _same(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+            if part._buffers.get(name) is not buffer:
+                part._buffers[name] = buffer
 
 
 @contextmanager
@@ -241,12 +297,16 @@ def _on_cpu(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, (Tensor, PackedSequence)) else leaf, tree)
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to the floating tensors of a nested value."""
+    """Apply a function to the tensors of a nested value."""
     if isinstance(tree, PackedSequence):
         return tree._replace(data=_map(tree.data, function))
     if isinstance(tree, Tensor):
-        return function(tree) if tree.is_floating_point() else tree
+        return function(tree)
     if isinstance(tree, dict):
         return {key: _map(value, function) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -358,10 +359,37 @@ def CALL(query: Tensor | None = None, memory: Tensor | None = None, **options):
     return FORMS_(Q, M, H)(query, torch.zeros(B, Tk, M) if memory is None else memory, **options)
 
 
-def test_a_state_of_other_beams_is_refused():
+@pytest.mark.parametrize("make", [fusedrnn.CoverageAttention, fusedrnn.ForwardAttention])
+@pytest.mark.parametrize(
+    ("query", "state"),
+    [
+        ((B,), (B, 1, Tk)),
+        ((B,), (B, 2, Tk)),
+        ((B, 1), (B, Tk)),
+        ((B, 2), (B, 1, Tk)),
+        ((B, 2), (B, Tk)),
+        ((B,), (1, Tk)),
+        ((B,), (B, 1)),
+        ((B, 2), (B, 2, 1)),
+        ((B, 2), (1, 2, Tk)),
+    ],
+)
+def test_a_state_of_another_shape_is_refused(make, query, state):
+    """Even where it could be broadcast: [B, B, Tk] would mix the sequences."""
+    module, memory = make(Q, M, H), torch.zeros(B, Tk, M)
+    message = f"expected shape {[*query, Tk]} for query {[*query, Q]} and memory {[B, Tk, M]}, got {[*state]}"
+    wrong, right = torch.zeros(state), torch.zeros(*query, Tk)
+    for given in (memory, module.project_memory(memory)):
+        with pytest.raises(RuntimeError, match=re.escape(f"state.previous: {message}")):
+            module(torch.zeros(*query, Q), given, fusedrnn.Alignments(wrong, wrong))
+        with pytest.raises(RuntimeError, match=re.escape(f"state.cumulative: {message}")):
+            module(torch.zeros(*query, Q), given, fusedrnn.Alignments(right, wrong))
+
+
+def test_a_step_takes_no_more_than_beams():
     module, memory = fusedrnn.CoverageAttention(Q, M, H), torch.zeros(B, Tk, M)
-    with pytest.raises(RuntimeError, match="query: expected as many beams as state, 2"):
-        module(torch.zeros(B, Q), memory, fusedrnn.Alignments.zeros(memory, 2))
+    with pytest.raises(ValueError, match=r"query: expected \[B, Q\] or \[B, beams, Q\], got shape"):
+        module(torch.zeros(B, 1, 1, Q), memory, fusedrnn.Alignments.zeros(memory, 1))
 
 
 def test_keras_errors():

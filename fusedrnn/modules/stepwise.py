@@ -172,6 +172,7 @@ class CoverageAttention(BahdanauAttention):
             The context ``[B, M]`` and the weights ``[B, Tk]``, or with beams after B, and the next state.
         """
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
+        _check_state(self, query, memory, state)
         covered = _per_beam(state.cumulative).unsqueeze(-1) * self.coverage
         context, weights = _step(self, query, memory.key.unsqueeze(1) + covered, memory.value, lengths, mask)
         return context, weights, state.after(weights)
@@ -205,7 +206,7 @@ class ForwardAttention(BahdanauAttention):
     ) -> tuple[Tensor, Tensor, Alignments]:
         """One step of a decoder; as :meth:`CoverageAttention.forward`, from :meth:`initial_state` on."""
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
-        _check_beams(self, query, _per_beam(state.previous).shape[1])
+        _check_state(self, query, memory, state)
         energies_only = Memory(memory.key, memory.value[..., :0])
         _, content = BahdanauAttention.forward(self, query, energies_only, lengths, mask, need_weights=True)
         assert content is not None
@@ -233,7 +234,6 @@ def _step(
     """Context and weights of one step whose keys [B, beams, Tk, H] each beam has for itself."""
     rows = query.shape[:-1]
     beams = key.shape[1]
-    _check_beams(attention, query, beams)
     context, weights = attend(
         "additive",
         attention._project_query(query).reshape(rows[0], beams, 1, -1),
@@ -249,7 +249,15 @@ def _step(
     return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, -1)
 
 
-def _check_beams(attention: BahdanauAttention, query: Tensor, beams: int) -> None:
+def _check_state(attention: BahdanauAttention, query: Tensor, memory: Memory, state: Alignments) -> None:
+    """Or a state that fits in size but not in layout would be broadcast, beams over sequences."""
     attention._check_query(query)
-    if query.dim() > 3 or query.shape[1:-1].numel() != beams:
-        raise RuntimeError(f"query: expected as many beams as state, {beams}, got shape {list(query.shape)}")
+    if query.dim() > 3:
+        raise ValueError(f"query: expected [B, Q] or [B, beams, Q], got shape {list(query.shape)}")
+    wanted = [*query.shape[:-1], memory.key.shape[1]]
+    for name, tensor in zip(state._fields, state):
+        if list(tensor.shape) != wanted:
+            raise RuntimeError(
+                f"state.{name}: expected shape {wanted} for query {list(query.shape)} and memory "
+                f"{list(memory.value.shape)}, got {list(tensor.shape)}"
+            )

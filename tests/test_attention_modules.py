@@ -292,6 +292,25 @@ def test_forward_attention_follows_the_paper(beams):
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        *FORMS.values(),
+        lambda **options: fusedrnn.CoverageAttention(Q, M, H, normalize=True, **options),
+        lambda **options: fusedrnn.ForwardAttention(Q, M, H, **options),
+        lambda **options: fusedrnn.LocationSensitiveAttention(Q, M, H, 4, 3, **options),
+        lambda **options: fusedrnn.AdditiveAttention(M, **options),
+    ],
+)
+def test_reset_parameters_leaves_none_as_it_was_allocated(make):
+    """A model made on meta gets its memory from to_empty, and its values from reset_parameters alone."""
+    module = make(device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    module.reset_parameters()
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 # ---- Keras's -----------------------------------------------------------------------------------
 
 

@@ -149,7 +149,16 @@ class CoverageAttention(BahdanauAttention):
     def __init__(self, query_size: int, memory_size: int, hidden_size: int, **options: Any) -> None:
         super().__init__(query_size, memory_size, hidden_size, **options)
         self.coverage = nn.Parameter(torch.empty_like(self.v))
-        bound = hidden_size**-0.5
+        self._reset_coverage()
+
+    def reset_parameters(self) -> None:
+        """As :class:`BahdanauAttention`, and the coverage as v."""
+        super().reset_parameters()
+        if "coverage" in self._parameters:  # not yet where the constructor of the base class calls this
+            self._reset_coverage()
+
+    def _reset_coverage(self) -> None:
+        bound = self.coverage.shape[0] ** -0.5
         nn.init.uniform_(self.coverage, -bound, bound)
 
     def forward(  # type: ignore[override]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import re
 
 import pytest
 import torch
@@ -333,87 +332,3 @@ def test_additive_attention_is_keras_formula(use_scale, causal, three):
     torch.testing.assert_close(context, expected @ value * query_mask[..., None])
     torch.testing.assert_close(module(inputs, [query_mask, value_mask], use_causal_mask=causal), context)
     assert module(inputs).shape == (B, Tq, M)
-
-
-# ---- what is refused ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "make"),
-    [
-        (ValueError, "query_size: expected a size greater than zero, got 0", lambda: FORMS_(0, 1, 1)),
-        (TypeError, "memory_size: expected an int, got float", lambda: FORMS_(1, 1.0, 1)),
-        (ValueError, "hidden_size: expected a size", lambda: FORMS_(1, 1, -1)),
-        (ValueError, "temperature: expected a positive", lambda: FORMS_(1, 1, 1, temperature=0)),
-        (ValueError, r"dropout: expected a probability in \[0, 1\)", lambda: FORMS_(1, 1, 1, dropout=1)),
-        (ValueError, "score: expected one of dot, general, concat", lambda: LUONG(1, 1, "cosine")),
-        (ValueError, "query_size: expected memory_size 2 for score 'dot', got 1", lambda: LUONG(1, 2, "dot")),
-        (ValueError, "hidden_size: expected a size for score 'concat'", lambda: LUONG(1, 2, "concat")),
-        (ValueError, "hidden_size: expected None for score 'dot'", lambda: LUONG(2, 2, "dot", 3)),
-        (ValueError, "scale: expected False for", lambda: LUONG(1, 2, "concat", 3, scale=True)),
-        (
-            ValueError,
-            "expected an odd size, got 4",
-            lambda: fusedrnn.LocationSensitiveAttention(1, 1, 1, 1, 4),
-        ),
-        (ValueError, "query: expected 2 to 4 dimensions", lambda: CALL(torch.zeros(Q))),
-        (RuntimeError, f"query: expected {Q} features, got 2", lambda: CALL(torch.zeros(B, 2))),
-        (ValueError, r"memory: expected 3 dimensions \[B, Tk, M\]", lambda: CALL(memory=torch.zeros(B, M))),
-        (RuntimeError, f"memory: expected {M} features, got 2", lambda: CALL(memory=torch.zeros(B, Tk, 2))),
-        (RuntimeError, "key: expected shape", lambda: CALL(memory=torch.zeros(B + 1, Tk, M))),
-        (ValueError, "mask: expected 2 to 4 dimensions", lambda: CALL(mask=torch.ones(Tk).bool())),
-        (RuntimeError, "lengths: expected shape", lambda: CALL(lengths=torch.ones(2).long())),
-    ],
-)
-def test_errors_name_the_argument(error, message, make):
-    with pytest.raises(error, match=message):
-        make()
-
-
-FORMS_, LUONG = fusedrnn.BahdanauAttention, fusedrnn.LuongAttention
-
-
-def CALL(query: Tensor | None = None, memory: Tensor | None = None, **options):
-    query = torch.zeros(B, Q) if query is None else query
-    return FORMS_(Q, M, H)(query, torch.zeros(B, Tk, M) if memory is None else memory, **options)
-
-
-@pytest.mark.parametrize("make", [fusedrnn.CoverageAttention, fusedrnn.ForwardAttention])
-@pytest.mark.parametrize(
-    ("query", "state"),
-    [
-        ((B,), (B, 1, Tk)),
-        ((B,), (B, 2, Tk)),
-        ((B, 1), (B, Tk)),
-        ((B, 2), (B, 1, Tk)),
-        ((B, 2), (B, Tk)),
-        ((B,), (1, Tk)),
-        ((B,), (B, 1)),
-        ((B, 2), (B, 2, 1)),
-        ((B, 2), (1, 2, Tk)),
-    ],
-)
-def test_a_state_of_another_shape_is_refused(make, query, state):
-    """Even where it could be broadcast: [B, B, Tk] would mix the sequences."""
-    module, memory = make(Q, M, H), torch.zeros(B, Tk, M)
-    message = f"expected shape {[*query, Tk]} for query {[*query, Q]} and memory {[B, Tk, M]}, got {[*state]}"
-    wrong, right = torch.zeros(state), torch.zeros(*query, Tk)
-    for given in (memory, module.project_memory(memory)):
-        with pytest.raises(RuntimeError, match=re.escape(f"state.previous: {message}")):
-            module(torch.zeros(*query, Q), given, fusedrnn.Alignments(wrong, wrong))
-        with pytest.raises(RuntimeError, match=re.escape(f"state.cumulative: {message}")):
-            module(torch.zeros(*query, Q), given, fusedrnn.Alignments(right, wrong))
-
-
-def test_a_step_takes_no_more_than_beams():
-    module, memory = fusedrnn.CoverageAttention(Q, M, H), torch.zeros(B, Tk, M)
-    with pytest.raises(ValueError, match=r"query: expected \[B, Q\] or \[B, beams, Q\], got shape"):
-        module(torch.zeros(B, 1, 1, Q), memory, fusedrnn.Alignments.zeros(memory, 1))
-
-
-def test_keras_errors():
-    x = torch.zeros(B, Tq, M)
-    with pytest.raises(ValueError, match=r"inputs: expected \[query, value\]"):
-        fusedrnn.AdditiveAttention(M)([x])
-    with pytest.raises(ValueError, match="value: expected 3 dimensions"):
-        fusedrnn.AdditiveAttention(M)([x, x[0]])

@@ -166,6 +166,29 @@ def test_queries_from_a_cell_and_a_loss_over_its_steps():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("beams", [None, 2])
+@pytest.mark.parametrize("keys", [Tk, 0])
+def test_no_sequences_give_no_results(beams, keys, backend):
+    """As in torch.nn: a share of a batch may be empty."""
+    query = torch.zeros(0, *(() if beams is None else (beams,)), Q)
+    memory, lengths, mask = torch.zeros(0, keys, M), torch.zeros(0).long(), torch.ones(0, keys) > 0
+    shapes = [(*query.shape[:-1], size) for size in (M, keys)]
+    with fusedrnn.use_backend(backend):
+        for module in (fusedrnn.CoverageAttention(Q, M, H), fusedrnn.ForwardAttention(Q, M, H)):
+            for given in (memory, module.project_memory(memory)):
+                state = fusedrnn.Alignments.zeros(memory, beams)
+                *results, after = module(query, given, state, lengths, mask)
+                assert [tuple(t.shape) for t in results] == shapes
+                assert after.cumulative.shape == state.cumulative.shape
+        for form in FORMS.values():
+            module = form()
+            asked = query if module.query_size == Q else torch.zeros(*query.shape[:-1], M)
+            for given in (memory, module.project_memory(memory)):
+                results = module(asked, given, lengths, mask, need_weights=True)
+                assert [tuple(t.shape) for t in results] == shapes
+
+
 # ---- Tacotron 2's ------------------------------------------------------------------------------
 
 

@@ -223,7 +223,7 @@ class ForwardAttention(BahdanauAttention):
         weights = (state.previous + moved) * content
         total = weights.sum(-1, keepdim=True)
         weights = weights / total.masked_fill(total == 0, 1)
-        context = (_per_beam(weights) @ memory.value).reshape(*query.shape[:-1], -1)
+        context = (_per_beam(weights) @ memory.value).reshape(*query.shape[:-1], memory.value.shape[-1])
         return context, weights, state.after(weights)
 
 
@@ -245,7 +245,7 @@ def _step(
     beams = key.shape[1]
     context, weights = attend(
         "additive",
-        attention._project_query(query).reshape(rows[0], beams, 1, -1),
+        attention._project_query(query).reshape(rows[0], beams, 1, key.shape[-1]),
         key,
         value.unsqueeze(1).expand(-1, beams, -1, -1),
         attention._scaled_v(),
@@ -255,7 +255,7 @@ def _step(
         need_weights=True,
     )
     assert weights is not None
-    return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, -1)
+    return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, key.shape[-2])
 
 
 def _check_state(attention: BahdanauAttention, query: Tensor, memory: Memory, state: Alignments) -> None:

@@ -54,7 +54,10 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
         resetting = resets is not None
         request = select.Request(_cell(module), dtype, device_type, hidden=hidden, resets=resetting)
     else:
-        request = select.Request(getattr(module, "score", "additive"), dtype, device_type, "attend")
+        score: Any = getattr(module, "score", "additive")
+        if isinstance(module, Attention) and module._calls_a_layer():
+            score = "dot"  # what is left: the energies are its mask
+        request = select.Request(score, dtype, device_type, "attend")
     if select.requested() is not None:
         choice = select.choose(request)
         others = _others(request, choice, "another was asked for by name")
@@ -109,6 +112,7 @@ def _asked(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> tuple[bool
     given.apply_defaults()
     asked = given.arguments
     masked = any(asked.get(name) is not None for name in ("mask", "attn_mask", "key_padding_mask"))
+    masked = masked or (isinstance(module, Attention) and module._calls_a_layer())
     # forms that carry their weights from step to step have no such argument
     weights = asked.get("need_weights", asked.get("return_attention_scores", True))
     plain, ragged = not weights and not grad, asked.get("lengths") is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend
-from .attention import check_size
+from .checks import check_size
 
 
 class AdditiveAttention(nn.Module):

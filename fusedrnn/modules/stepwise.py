@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend
-from ..linear import projected
-from .attention import Attention, BahdanauAttention, Memory, check_size
+from ..linear import is_product, projected
+from .attention import Attention, BahdanauAttention, Memory
+from .checks import check_size
 
 
 class Alignments(NamedTuple):
@@ -134,6 +135,13 @@ class LocationSensitiveAttention(Attention):
 
     def _v(self) -> Tensor:
         return self.v.weight[0]
+
+    def _calls_a_layer(self) -> bool:
+        return not is_product(self.v)
+
+    def _energies(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        hidden = self._project_query(query).unsqueeze(2) + key.unsqueeze(1)
+        return self.v(hidden.tanh()).squeeze(-1)  # type: ignore[no-any-return]
 
 
 class CoverageAttention(BahdanauAttention):

@@ -9,6 +9,7 @@ For tensors computed some other way there are :func:`check` and, for a single on
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import math
 import warnings
@@ -126,10 +127,11 @@ def parity(
 ) -> Parity:
     """Compare ``module`` with ``reference`` under the budget of :func:`check`.
 
-    Compared are the outputs, and with ``gradients`` the gradient of every floating input and of
-    every parameter that requires one, for random gradients of all outputs. ``module`` runs on
-    poisoned buffers (:func:`poison`). Each run has inputs of its own; one that ``module`` overwrites and
-    ``reference`` does not is red. Neither module is changed, nor are the inputs or the random state.
+    Compared are the outputs (tensors, or tuples, lists, dicts and dataclasses of them) and with ``gradients``
+    the gradient of every floating input and of every parameter that requires one, for random gradients of all
+    outputs. ``module`` runs on poisoned buffers (:func:`poison`). Each run has inputs of its own; one that
+    ``module`` overwrites and ``reference`` does not is red. Neither module is changed, nor are the inputs or
+    the random state.
 
     Args:
         module: the module under test, on the backend in force.
@@ -143,13 +145,14 @@ def parity(
         seed: of the inputs that are drawn, of the output gradients, and of each run (dropout).
 
     Raises:
-        TypeError: ``module`` is not a recurrent module, and ``reference`` or ``inputs`` is missing.
+        TypeError: ``module`` is not a recurrent module, and ``reference`` or ``inputs`` is missing; or an
+            output is none of the above, or holds no tensor.
     """
     reference = stock(module) if reference is None else reference
     inputs = draw_inputs(module, seed=seed) if inputs is None else inputs
     if not isinstance(inputs, tuple) or isinstance(inputs, PackedSequence):
         inputs = (inputs,)
-    named = inspect.signature(reference.forward).bind(*inputs).arguments
+    named = _by_name(reference, inputs)
 
     exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), _widened)
 
@@ -203,7 +206,10 @@ def _computed(
     torch.manual_seed(seed)
     wanted = gradients or second_order
     with torch.set_grad_enabled(wanted):
-        outputs = {n: t for n, t in _named(module(*inputs.values()), "output") if t.is_floating_point()}
+        result = module(*inputs.values())
+    outputs = dict(_named(result, "output", strict=True))
+    if not outputs:
+        raise TypeError(f"output: expected a tensor, or some in a container, got {type(result).__name__}")
     found: Found = {**outputs}
     if not wanted:
         return found
@@ -215,30 +221,58 @@ def _computed(
     # small integers are exact in every dtype: the oracle sees the same numbers
     pull = [torch.randint(-4, 5, t.shape, generator=make).to(t) for t in outputs.values()]
     kept = [(t, g) for t, g in zip(outputs.values(), pull) if t.requires_grad]
-    first = torch.autograd.grad(
-        [t for t, _ in kept], tensors, [g for _, g in kept], create_graph=second_order, allow_unused=True
-    )
+    first: Sequence[Tensor | None] = [None] * len(tensors)
+    if kept:
+        first = torch.autograd.grad(
+            [t for t, _ in kept], tensors, [g for _, g in kept], create_graph=second_order, allow_unused=True
+        )
     if gradients:
         found |= {f"grad {name}": g for (name, _), g in zip(leaves, first)}
     if second_order:
         squares = [g.double().square().sum() for g in first if g is not None and g.requires_grad]
-        second = torch.autograd.grad(torch.stack(squares).sum().sqrt(), tensors, allow_unused=True)
+        second: Sequence[Tensor | None] = [None] * len(tensors)
+        if squares:
+            second = torch.autograd.grad(torch.stack(squares).sum().sqrt(), tensors, allow_unused=True)
         found |= {f"second {name}": g for (name, _), g in zip(leaves, second)}
     return found
 
 
-def _named(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested value, each with its path."""
+def _named(tree: Any, name: str, strict: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested value, each with its path; ``strict`` refuses what might hide one."""
+    parts: dict[str, Any] = {}
     if isinstance(tree, PackedSequence):
-        yield from _named(tree.data, f"{name}.data")
+        parts = {".data": tree.data}
     elif isinstance(tree, Tensor):
+        if strict and tree.is_complex():
+            raise TypeError(f"{name}: expected a tensor of real numbers, got {tree.dtype}")
         yield name, tree
     elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _named(value, f"{name}[{key!r}]")
+        parts = {f"[{key!r}]": value for key, value in tree.items()}
     elif isinstance(tree, (tuple, list)):
-        for i, value in enumerate(tree):
-            yield from _named(value, f"{name}[{i}]")
+        parts = {f"[{i}]": value for i, value in enumerate(tree)}
+    elif _is_dataclass(tree):
+        parts = {f".{field.name}": getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    elif strict and not isinstance(tree, (type(None), bool, int, float, str)):
+        expected = "a tensor, or tuples, lists, dicts or dataclasses of them"
+        raise TypeError(f"{name}: expected {expected}, got {type(tree).__name__}")
+    for path, value in parts.items():
+        yield from _named(value, name + path, strict)
+
+
+def _by_name(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments by their names; those of ``*args`` by number."""
+    signature = inspect.signature(module.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*inputs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}[{i}]": each for i, each in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
+def _is_dataclass(tree: Any) -> bool:
+    return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
 
 
 def _leaves(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -294,7 +328,8 @@ def _cudnn(allowed: bool) -> Iterator[None]:
 
 
 def _on_cpu(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, (Tensor, PackedSequence)) else leaf, tree)
+    moved = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, PackedSequence) else leaf, tree)
+    return _map(moved, Tensor.cpu)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -312,4 +347,9 @@ def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, (tuple, list)):
         mapped = [_map(value, function) for value in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
+    if _is_dataclass(tree):
+        made = copy.copy(tree)
+        for field in dataclasses.fields(tree):  # a frozen one too
+            object.__setattr__(made, field.name, _map(getattr(tree, field.name), function))
+        return made
     return tree

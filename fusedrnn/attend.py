@@ -80,7 +80,7 @@ def attend(
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
     unobserved = ops.unobserved(tensors)
-    plain = not need_weights and (unobserved or not _differentiated(tensors))
+    plain = not need_weights and (unobserved or not differentiated(tensors))
     if not unobserved and needs_torch(tensors):
         backend = "torch"
     else:
@@ -178,7 +178,7 @@ def _chosen(
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
+def differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether derivatives may be asked for: that of torch's fused kernel has none itself, nor a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True

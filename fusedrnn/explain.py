@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .attend import differentiated
 from .backends import hand_over, select
-from .modules import AdditiveAttention
+from .modules import AdditiveAttention, MultiheadAttention
 from .modules.attention import Attention
 from .modules.forward import Fused
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION = (nn.MultiheadAttention, Attention, AdditiveAttention)
+_HANDED = "torch's own forward is as fast for this call, or has to say what is wrong with it"
 
 
 def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choice:
@@ -46,7 +48,8 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
     device_type, dtype = like.device.type, like.dtype
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
+    asked = _tensors(inputs)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*asked, *module.parameters()))
 
     recurrent = isinstance(module, _RECURRENT)
     hidden: Any = getattr(module, "hidden_size", None)
@@ -58,22 +61,24 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
         if isinstance(module, Attention) and module._calls_a_layer():
             score = "dot"  # what is left: the energies are its mask
         request = select.Request(score, dtype, device_type, "attend")
-    if select.requested() is not None:
+    handed = isinstance(module, MultiheadAttention) and _is_for_torch(module, inputs)
+    if select.requested() is not None and not handed:
         choice = select.choose(request)
         others = _others(request, choice, "another was asked for by name")
         return select.Choice(choice.backend, choice.why, others)
     reason = None
-    if not recurrent:
-        reason = hand_over.attend_reason(request, *_asked(module, inputs, grad))
+    if handed:
+        reason = _HANDED
+    elif not recurrent:
+        reason = hand_over.attend_reason(request, *_asked(module, inputs))
     elif given and resets is None:
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = _sizes(module, inputs[0])
         reason = hand_over.reason(function, device_type, dtype, *sizes, hidden, grad)
     if reason is not None:
         against = {name: select.passed_over(name, request) for name in select.ORDER}
-        return select.Choice(
-            "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
-        )
+        slower = "such a call is torch's" if handed else "slower, as measured"
+        return select.Choice("torch", reason, {name: why or slower for name, why in against.items()})
     choice = select.choose(request)
     others = _others(request, choice, f"{choice.backend} comes first and can run this")
     slower = "not measured faster at this size" if inputs else "no input was given to take sizes from"
@@ -106,17 +111,38 @@ def _sizes(module: Any, input: Any) -> tuple[int, int]:
     return (int(batch), int(time)) if module.batch_first else (int(time), int(batch))
 
 
-def _asked(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> tuple[bool, bool, bool, bool]:
-    """What `hand_over.attend_reason` wants to know of a call."""
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, PackedSequence):
+        return [tree.data]
+    if isinstance(tree, (tuple, list)):
+        return [tensor for each in tree for tensor in _tensors(each)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def _arguments(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     given = inspect.signature(module.forward).bind_partial(*inputs)
     given.apply_defaults()
-    asked = given.arguments
+    return given.arguments
+
+
+def _is_for_torch(module: MultiheadAttention, inputs: tuple[Any, ...]) -> bool:
+    """What its forward asks first."""
+    asked = _arguments(module, inputs)
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "is_causal")
+    return len(inputs) >= 3 and module._is_for_torch(*(asked[name] for name in names))
+
+
+def _asked(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[bool, bool, bool, bool]:
+    """What `hand_over.attend_reason` wants to know of a call."""
+    asked = _arguments(module, inputs)
     masked = any(asked.get(name) is not None for name in ("mask", "attn_mask", "key_padding_mask"))
     masked = masked or (isinstance(module, Attention) and module._calls_a_layer())
     # forms that carry their weights from step to step have no such argument
     weights = asked.get("need_weights", asked.get("return_attention_scores", True))
-    plain, ragged = not weights and not grad, asked.get("lengths") is not None
-    size: Any = getattr(module, "memory_size", 0)
-    if isinstance(module, nn.MultiheadAttention):
-        plain, size = not weights and not (masked and grad), module.head_dim
-    return plain, masked, ragged, size <= hand_over.SMALL_HEAD
+    # the projection behind the attend is none of its tensors
+    own = [p for name, p in module.named_parameters() if not name.startswith("out_proj.")]
+    plain = not weights and not differentiated((*_tensors(inputs), *own))
+    size: Any = (
+        module.head_dim if isinstance(module, MultiheadAttention) else getattr(module, "memory_size", 0)
+    )
+    return plain, masked, asked.get("lengths") is not None, size <= hand_over.SMALL_HEAD

@@ -232,10 +232,12 @@ def _check(
     if (v is not None) != SCORES[score].weighted:
         raise ValueError(f"v: expected {'a tensor [D]' if v is None else 'None'} for score {score!r}")
     if v is not None:
+        _check_tensor("v", v)
         if v.shape != (size,):
             raise RuntimeError(f"v: expected shape [{size}] as query has it, got {list(v.shape)}")
         _check_like("v", v, query)
     if mask is not None:
+        _check_tensor("mask", mask)
         if mask.dim() != 4:
             raise ValueError(
                 f"mask: expected 4 dimensions [B or 1, N or 1, Tq or 1, Tk], got shape {list(mask.shape)}"
@@ -258,9 +260,13 @@ def _check(
             raise RuntimeError(f"lengths: expected device {query.device} of query, got {lengths.device}")
 
 
-def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
+def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
+    _check_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {list(tensor.shape)}")
 

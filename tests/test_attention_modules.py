@@ -288,6 +288,25 @@ def test_coverage_follows_the_paper(beams, lengths):
     torch.testing.assert_close(state, fusedrnn.Alignments(expected, covered))
 
 
+@pytest.mark.parametrize("make", [fusedrnn.CoverageAttention, fusedrnn.ForwardAttention])
+def test_masks_of_a_step(make):
+    """[B or 1, Tk], or [B or 1, beams or 1, Tk]."""
+    torch.manual_seed(0)
+    module = make(Q, M, H).double()
+    memory, query = torch.randn(B, Tk, M).double(), torch.randn(B, 2, Q).double()
+    state = fusedrnn.Alignments(*(torch.rand(B, 2, Tk).double() for _ in range(2)))
+    full = torch.rand(B, 2, Tk) < 0.6
+    full[..., 0] = True
+    for mask in (full, full[:1], full[:, :1], full[:, 0], full[:1, 0]):
+        weights = module(query, memory, state, mask=mask)[1]
+        wide = mask if mask.dim() == 3 else mask[:, None]
+        assert torch.equal(weights != 0, wide.expand(B, 2, Tk))
+        for i in (0, 1):
+            alone = fusedrnn.Alignments(*(t[:, i] for t in state))
+            mine = wide.expand(B, 2, Tk)[:, i]
+            torch.testing.assert_close(module(query[:, i], memory, alone, mask=mine)[1], weights[:, i])
+
+
 @pytest.mark.parametrize("beams", [None, 2])
 def test_forward_attention_follows_the_paper(beams):
     torch.manual_seed(0)

@@ -113,3 +113,114 @@ def test_keras_masks_are_of_bool(error, message, mask):
     """It casts them; added to the scores, ones and zeros would mask nothing."""
     with pytest.raises(error, match=message):
         fusedrnn.AdditiveAttention(M)([torch.zeros(B, Tq, M), torch.zeros(B, Tk, M)], mask)
+
+
+LIST = [[0.0]]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("query: expected a tensor, got list", lambda q, m: BAHDANAU(Q, M, H)(LIST, m)),
+        ("query: expected a tensor, got NoneType", lambda q, m: CALL_PROJECTED(None, m)),
+        ("query: expected a tensor, got list", lambda q, m: CALL_PROJECTED(LIST, m)),
+        ("memory: expected a tensor or Memory, got list", lambda q, m: BAHDANAU(Q, M, H)(q, LIST)),
+        ("memory: expected a tensor or Memory, got tuple", lambda q, m: BAHDANAU(Q, M, H)(q, (m, m))),
+        ("mask: expected a tensor or None, got list", lambda q, m: BAHDANAU(Q, M, H)(q, m, None, LIST)),
+        ("mask: expected a tensor or None, got list", lambda q, m: CALL_PROJECTED(q, m, None, LIST)),
+        ("query: expected a tensor, got list", lambda q, m: STEP(LIST, m, ZEROS)),
+        ("memory: expected a tensor or Memory, got list", lambda q, m: STEP(q, LIST, ZEROS)),
+        ("state: expected Alignments, got tuple", lambda q, m: STEP(q, m, tuple(ZEROS))),
+        (
+            "state.previous: expected a tensor, got list",
+            lambda q, m: STEP(q, m, ZEROS._replace(previous=LIST)),
+        ),
+        ("mask: expected a tensor or None, got list", lambda q, m: STEP(q, m, ZEROS, None, LIST)),
+        ("memory: expected a tensor or Memory, got list", lambda q, m: fusedrnn.Alignments.zeros(LIST)),
+        ("query: expected a tensor, got list", lambda q, m: TACOTRON(LIST, m)),
+        ("memory: expected a tensor, got list", lambda q, m: TACOTRON(q, LIST)),
+        ("processed_memory: expected a tensor, got list", lambda q, m: TACOTRON(q, m, LIST)),
+        ("attention_weights_cat: expected a tensor, got list", lambda q, m: TACOTRON(q, m, None, LIST)),
+        ("mask: expected a tensor or None, got list", lambda q, m: TACOTRON(q, m, mask=LIST)),
+        ("query: expected a tensor, got list", lambda q, m: fusedrnn.AdditiveAttention(M)([LIST, m])),
+        ("value: expected a tensor, got list", lambda q, m: fusedrnn.AdditiveAttention(M)([m, LIST])),
+        ("key: expected a tensor, got list", lambda q, m: fusedrnn.AdditiveAttention(M)([m, m, LIST])),
+        (
+            r"inputs: expected \[query, value\] or .*, got Tensor",
+            lambda q, m: fusedrnn.AdditiveAttention(M)(m),
+        ),
+        ("v: expected a tensor, got list", lambda q, m: fusedrnn.attend("additive", *[m[None]] * 3, LIST)),
+        ("mask: expected a tensor, got list", lambda q, m: fusedrnn.attend("dot", *[m[None]] * 3, mask=LIST)),
+    ],
+)
+def test_what_is_no_tensor_is_named(message, call, grad):
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=message):
+        call(torch.zeros(B, Q), torch.zeros(B, Tk, M))
+
+
+ZEROS = fusedrnn.Alignments.zeros(torch.zeros(B, Tk, M))
+
+
+def CALL_PROJECTED(query, memory, *options):
+    module = BAHDANAU(Q, M, H)
+    return module(query, module.project_memory(memory), *options)
+
+
+def STEP(*arguments):
+    """Of both forms, which have to say the same."""
+    errors = []
+    for make in (fusedrnn.ForwardAttention, fusedrnn.CoverageAttention):
+        with pytest.raises(TypeError) as error:
+            make(Q, M, H)(*arguments)
+        errors.append(error.value)
+    assert str(errors[0]) == str(errors[1])
+    raise errors[0]
+
+
+def TACOTRON(query, memory, processed=None, cat=None, mask=None):
+    module = fusedrnn.LocationSensitiveAttention(Q, M, H, 4, 3)
+    processed = torch.zeros(B, Tk, H) if processed is None else processed
+    return module(query, memory, processed, ZEROS.cat() if cat is None else cat, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_tacotrons_mask_is_of_bool(dtype):
+    mask = torch.zeros(B, Tk, dtype=dtype)
+    with pytest.raises(ValueError, match=f"mask: expected dtype torch.bool, True at padding, got {dtype}"):
+        TACOTRON(torch.zeros(B, Q), torch.zeros(B, Tk, M), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("query", "mask", "expected"),
+    [
+        ((B, Tq, Q), (B, Tq + 1, Tk), "[3 or 1, 4 or 1, 7]"),
+        ((B, Tq, Q), (B, 2, Tq, Tk), "[3 or 1, 1 or 1, 4 or 1, 7]"),
+        ((B, 2, Tq, Q), (B, 3, Tq, Tk), "[3 or 1, 2 or 1, 4 or 1, 7]"),
+        ((B, 2, Tq, Q), (B, 2, Tk), "[3 or 1, 4 or 1, 7]"),
+        ((B, Q), (B, Tq, Tk), "[3 or 1, 1 or 1, 7]"),
+        ((B, Tq, Q), (B, Tk + 1), "[3 or 1, 7]"),
+        ((B, Tq, Q), (2, Tk), "[3 or 1, 7]"),
+        ((B, Tq, Q), (B, Tq, 1), "[3 or 1, 4 or 1, 7]"),
+    ],
+)
+def test_a_mask_of_another_shape_is_named(query, mask, expected):
+    message = re.escape(f"mask: expected shape {expected}, got {[*mask]}")
+    memory = torch.zeros(B, Tk, M)
+    for module in (BAHDANAU(Q, M, H), LUONG(Q, M), LUONG(Q, M, "concat", H)):
+        for given in (memory, module.project_memory(memory)):
+            with pytest.raises(RuntimeError, match=message):
+                module(torch.zeros(query), given, mask=torch.ones(mask) > 0)
+
+
+@pytest.mark.parametrize("make", [fusedrnn.CoverageAttention, fusedrnn.ForwardAttention])
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [((B, 3, Tk), "[3 or 1, 2 or 1, 7]"), ((B, Tk + 1), "[3 or 1, 7]"), ((2, 2, Tk), "[3 or 1, 2 or 1, 7]")],
+)
+def test_a_mask_of_another_shape_is_named_in_a_step(make, mask, expected):
+    memory = torch.zeros(B, Tk, M)
+    with pytest.raises(RuntimeError, match=re.escape(f"mask: expected shape {expected}, got {[*mask]}")):
+        make(Q, M, H)(
+            torch.zeros(B, 2, Q), memory, fusedrnn.Alignments.zeros(memory, 2), mask=torch.ones(mask) > 0
+        )

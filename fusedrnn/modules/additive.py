@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend
-from .checks import check_size
+from .checks import check_size, check_tensor
 
 
 class AdditiveAttention(nn.Module):
@@ -70,11 +70,16 @@ class AdditiveAttention(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as :func:`fusedrnn.attend`, naming the argument.
         """
+        if not isinstance(inputs, (list, tuple)):
+            raise TypeError(
+                f"inputs: expected [query, value] or [query, value, key], got {type(inputs).__name__}"
+            )
         if len(inputs) not in (2, 3):
             raise ValueError(f"inputs: expected [query, value] or [query, value, key], got {len(inputs)}")
         query, value = inputs[0], inputs[1]
         key = inputs[2] if len(inputs) == 3 else value
         for name, tensor in (("query", query), ("value", value), ("key", key)):
+            check_tensor(name, tensor)
             if tensor.dim() != 3:
                 raise ValueError(f"{name}: expected 3 dimensions [B, T, D], got shape {list(tensor.shape)}")
         query_mask, value_mask = _masks(mask, query, value)
@@ -116,8 +121,7 @@ def _masks(
     for name, each, of in (("query_mask", query_mask, query), ("value_mask", value_mask, value)):
         if each is None:
             continue
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: expected a tensor or None, got {type(each).__name__}")
+        check_tensor(name, each, "a tensor or None")
         if each.dtype is not torch.bool:
             raise ValueError(f"{name}: expected dtype torch.bool, got {each.dtype}")
         batch, steps = of.shape[:2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attend import attend, attend_step
 from ..linear import is_plain, is_product, projected
-from .checks import check_size, rows_of
+from .checks import check_size, check_tensor, rows_of
 
 
 class Memory(NamedTuple):
@@ -82,6 +82,7 @@ class Attention(nn.Module):
             ValueError, RuntimeError, TypeError: as :func:`fusedrnn.attend`, naming the argument.
         """
         if isinstance(memory, Memory):
+            check_tensor("query", query)
             found = self._step(query, memory, lengths, mask, need_weights)
             if found is not None:
                 return found
@@ -94,6 +95,7 @@ class Attention(nn.Module):
 
         Steps keep what they make of the keys. A write into them is noticed, but not one through ``.data``.
         """
+        check_tensor("memory", memory, "a tensor or Memory")
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")
         if memory.shape[-1] != self.memory_size:
@@ -115,7 +117,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         rows = query.shape[:-1]
         beams, steps = (*(1, 1)[: 4 - query.dim()], *rows[1:])
-        mask = None if mask is None else rows_of(mask, beams, steps)
+        mask = None if mask is None else rows_of(mask, rows[0], beams, steps, value.shape[1])
         score, v = self.score, None
         if self._calls_a_layer():
             score = "dot"
@@ -187,6 +189,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def _check_query(self, query: Tensor) -> None:
+        check_tensor("query", query)
         if not 2 <= query.dim() <= 4:
             raise ValueError(
                 "query: expected 2 to 4 dimensions [B, Q], [B, Tq, Q] or [B, beams, Tq, Q], "

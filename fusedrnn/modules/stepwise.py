@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attend import attend
 from ..linear import is_product, projected
 from .attention import Attention, BahdanauAttention, Memory
-from .checks import check_size
+from .checks import check_size, check_tensor, rows_of
 
 
 class Alignments(NamedTuple):
@@ -29,6 +29,7 @@ class Alignments(NamedTuple):
     def zeros(cls, memory: Tensor | Memory, beams: int | None = None) -> Alignments:
         """Before the first step over a memory ``[B, Tk, M]``."""
         value = memory.value if isinstance(memory, Memory) else memory
+        check_tensor("memory", value, "a tensor or Memory")
         batch, keys, _ = value.shape
         zeros = value.new_zeros((batch, keys) if beams is None else (batch, beams, keys))
         return cls(zeros, zeros)
@@ -121,6 +122,16 @@ class LocationSensitiveAttention(Attention):
             The context ``[B, M]`` and the weights ``[B, Tk]``.
         """
         self._check_query(attention_hidden_state)
+        for name, tensor in (
+            ("memory", memory),
+            ("processed_memory", processed_memory),
+            ("attention_weights_cat", attention_weights_cat),
+        ):
+            check_tensor(name, tensor)
+        if mask is not None:
+            check_tensor("mask", mask, "a tensor or None")
+            if mask.dtype is not torch.bool:
+                raise ValueError(f"mask: expected dtype torch.bool, True at padding, got {mask.dtype}")
         key = processed_memory + self.location_layer(attention_weights_cat)
         allowed = None if mask is None else ~mask
         context, weights = self._attend(attention_hidden_state, key, memory, None, allowed, True)
@@ -257,7 +268,7 @@ def _step(
         key,
         value.unsqueeze(1).expand(-1, beams, -1, -1),
         attention._scaled_v(),
-        mask=None if mask is None else _per_beam(mask).unsqueeze(2),
+        mask=None if mask is None else rows_of(mask, rows[0], 1, beams, key.shape[2]).transpose(1, 2),
         lengths=lengths,
         dropout=attention.dropout if attention.training else 0.0,
         need_weights=True,
@@ -269,10 +280,13 @@ def _step(
 def _check_state(attention: BahdanauAttention, query: Tensor, memory: Memory, state: Alignments) -> None:
     """Or a state that fits in size but not in layout would be broadcast, beams over sequences."""
     attention._check_query(query)
+    if not isinstance(state, Alignments):
+        raise TypeError(f"state: expected Alignments, got {type(state).__name__}")
     if query.dim() > 3:
         raise ValueError(f"query: expected [B, Q] or [B, beams, Q], got shape {list(query.shape)}")
     wanted = [*query.shape[:-1], memory.key.shape[1]]
     for name, tensor in zip(state._fields, state):
+        check_tensor(f"state.{name}", tensor)
         if list(tensor.shape) != wanted:
             raise RuntimeError(
                 f"state.{name}: expected shape {wanted} for query {list(query.shape)} and memory "

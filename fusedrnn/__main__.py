@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -30,5 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _process() -> int:
+    """:func:`main` for a shell, which knows what ended a process: 128 and the number of a signal."""
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # who read this has read enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 128 + 13
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_process())

@@ -78,7 +78,7 @@ def attend(
         lengths = lengths.long()
     tensors = (query, key, value, v, mask, lengths)
     unobserved = autograd.unobserved(tensors)
-    plain = not need_weights and (unobserved or not _differentiated(tensors))
+    plain = not need_weights and (unobserved or not differentiated(tensors))
     if not unobserved and needs_torch(tensors):
         backend = "torch"
     else:
@@ -177,7 +177,7 @@ def _chosen(
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
+def differentiated(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether derivatives may be asked for: that of torch's fused kernel has none itself, nor a tangent."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
@@ -228,10 +228,12 @@ def _check(
     if (v is not None) != SCORES[score].weighted:
         raise ValueError(f"v: expected {'a tensor [D]' if v is None else 'None'} for score {score!r}")
     if v is not None:
+        _check_tensor("v", v)
         if v.shape != (size,):
             raise RuntimeError(f"v: expected shape [{size}] as query has it, got {list(v.shape)}")
         _check_like("v", v, query)
     if mask is not None:
+        _check_tensor("mask", mask)
         if mask.dim() != 4:
             raise ValueError(
                 f"mask: expected 4 dimensions [B or 1, N or 1, Tq or 1, Tk], got shape {list(mask.shape)}"
@@ -259,9 +261,13 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
-def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
+def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
+    _check_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {list(tensor.shape)}")
 

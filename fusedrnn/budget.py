@@ -41,6 +41,8 @@ class Row:
     @property
     def used(self) -> float:
         """The part of the budget that ``ours`` takes: 1 is all of it."""
+        if not self.ours:
+            return 0.0
         return self.ours / self.budget if self.budget else math.inf
 
     def __str__(self) -> str:
@@ -77,6 +79,7 @@ def compare(name: str, ours: Tensor | None, theirs: Tensor | Sequence[Tensor], e
 
     They may lie on different devices; the comparison is made where ``exact`` lies.
     Where ``exact`` is NaN or infinite once stored in the dtype of ``ours``, ``ours`` must be so too.
+    Integers and bools have no rounding: they must be those of ``exact`` or of one of the runs.
     """
     runs = [theirs] if isinstance(theirs, Tensor) else list(theirs)
     if ours is None:
@@ -86,6 +89,8 @@ def compare(name: str, ours: Tensor | None, theirs: Tensor | Sequence[Tensor], e
     if ours.dtype != runs[0].dtype:
         return Row(name, math.inf, 0.0, 0.0, note=f"dtype {ours.dtype}, expected {runs[0].dtype}")
 
+    if not ours.is_floating_point():
+        return _compare_integers(name, ours, [run.to(ours) for run in (exact, *runs)])
     exact = exact.detach().double()
     stored, got = exact.to(ours.dtype).double(), ours.detach().to(exact)
     finite = stored.isfinite()
@@ -103,6 +108,15 @@ def compare(name: str, ours: Tensor | None, theirs: Tensor | Sequence[Tensor], e
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), error.shape))
     wrong = f"{float(got[index])} at index {index}, expected {float(stored[index])}"
     return Row(name, worst, own_error, budget, index, "" if math.isfinite(worst) else wrong)
+
+
+def _compare_integers(name: str, ours: Tensor, runs: Sequence[Tensor]) -> Row:
+    if any(torch.equal(ours, run) for run in runs):
+        return Row(name, 0.0, 0.0, 0.0)
+    at = (ours != runs[0]).nonzero()[0]
+    index = tuple(int(i) for i in at)
+    wrong = f"{ours[index].item()} at index {index}, expected {runs[0][index].item()}"
+    return Row(name, math.inf, 0.0, 0.0, index, wrong)
 
 
 def _largest(values: Tensor) -> float:
@@ -180,7 +194,7 @@ ROUNDED_RUNS = 8
 
 
 def check(ours: Tensors, theirs: Tensors, oracle: Callable[[], Tensors]) -> Parity:
-    """:func:`compare` tensors by name.
+    """:func:`compare` tensors by name. One of ours that PyTorch lacks is red, as one that is missing is.
 
     PyTorch's error in one run can be small by luck: a tensor of one element, a sum over time and
     batch that cancels, and fp64, where PyTorch is its own oracle. So while a row is over budget,
@@ -194,9 +208,15 @@ def check(ours: Tensors, theirs: Tensors, oracle: Callable[[], Tensors]) -> Pari
         oracle: computes the same with torch in fp64, again at each call.
     """
     exact, runs = oracle(), [theirs]
-    dtype = next(t.dtype for t in theirs.values() if t is not None)
+    dtype = next((t.dtype for t in theirs.values() if t is not None and t.is_floating_point()), None)
+    note = "not expected: torch has no such tensor"
+    extra = [
+        Row(name, math.inf, 0.0, 0.0, note=note)
+        for name, t in ours.items()
+        if t is not None and name not in exact
+    ]
     while True:
-        rows = []
+        rows = [*extra]
         for name, tensor in exact.items():
             own = [found for run in runs if (found := run[name]) is not None]
             got = ours.get(name)
@@ -205,7 +225,7 @@ def check(ours: Tensors, theirs: Tensors, oracle: Callable[[], Tensors]) -> Pari
             if tensor is not None:
                 rows.append(compare(name, got, own, tensor))
         result = Parity(tuple(rows))
-        if result.ok or len(runs) > ROUNDED_RUNS or any(row.note for row in rows):
+        if dtype is None or result.ok or len(runs) > ROUNDED_RUNS or any(row.note for row in rows):
             return result
         with Rounded(dtype, seed=len(runs)):
             runs.append(oracle())

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .attend import differentiated
 from .backends import hand_over, select
-from .modules import AdditiveAttention
+from .modules import AdditiveAttention, MultiheadAttention
 from .modules.attention import Attention
 from .modules.forward import Fused
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _ATTENTION = (nn.MultiheadAttention, Attention, AdditiveAttention)
+_HANDED = "torch's own forward is as fast for this call, or has to say what is wrong with it"
 
 
 def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choice:
@@ -34,17 +36,19 @@ def explain(module: nn.Module, *inputs: Any, resets: Any = None) -> select.Choic
         raise TypeError(f"module: expected a recurrent or attention module, got {type(module).__name__}")
     if not isinstance(module, (Fused, Attention, AdditiveAttention)):
         return _stock(module)
-    given, grad = _looked_at(module, inputs)
-    request = _request(module, given, resets is not None)
+    request = _request(module, inputs, resets is not None)
+    handed = isinstance(module, MultiheadAttention) and _is_for_torch(module, inputs)
+    if handed:
+        return _handed_over(request, _HANDED, "such a call is torch's")
     if select.requested() is not None:
         return _asked_for(request)
     reason = None
     if not isinstance(module, _RECURRENT):
-        reason = hand_over.attend_reason(request, *_asked(module, inputs, grad))
-    elif given and resets is None:
+        reason = hand_over.attend_reason(request, *_asked(module, inputs))
+    elif inputs and resets is None and _tensors(inputs[:1]):
         function = request.kind + ("_cell" if isinstance(module, nn.RNNCellBase) else "")
         sizes = *_sizes(module, inputs[0]), request.hidden or 0
-        index = request.device_index
+        index, grad = request.device_index, differentiated((*_tensors(inputs), *module.parameters()))
         reason = hand_over.reason(function, request.device_type, request.dtype, *sizes, grad, index)
     if reason is not None:
         return _handed_over(request, reason)
@@ -66,11 +70,9 @@ def _asked_for(request: select.Request) -> select.Choice:
     return select.Choice(choice.backend, choice.why, others)
 
 
-def _handed_over(request: select.Request, reason: str) -> select.Choice:
+def _handed_over(request: select.Request, reason: str, slower: str = "slower, as measured") -> select.Choice:
     against = {name: select.passed_over(name, request) for name in select.ORDER}
-    return select.Choice(
-        "torch", reason, {name: why or "slower, as measured" for name, why in against.items()}
-    )
+    return select.Choice("torch", reason, {name: why or slower for name, why in against.items()})
 
 
 def _chosen(request: select.Request, sized: bool) -> select.Choice:
@@ -89,22 +91,15 @@ def _others(request: select.Request, choice: select.Choice, reason: str) -> dict
 # ---- what a call is ----------------------------------------------------------------------------
 
 
-def _looked_at(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor], bool]:
-    """The first input, if it is there, and whether a gradient is recorded."""
-    tensors = [t.data if isinstance(t, PackedSequence) else t for t in inputs[:1]]
-    if tensors and isinstance(tensors[0], (list, tuple)):  # Keras's inputs
-        tensors = list(tensors[0][:1])
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    return given, torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *module.parameters()))
-
-
-def _request(module: nn.Module, given: list[Tensor], resets: bool) -> select.Request:
-    like = next(iter([*given, *module.parameters()]), torch.empty(0))
+def _request(module: nn.Module, inputs: tuple[Any, ...], resets: bool) -> select.Request:
+    like = next(iter([*_tensors(inputs[:1]), *module.parameters()]), torch.empty(0))
     device_type, index, dtype = like.device.type, like.device.index, like.dtype
     if torch.is_autocast_enabled(device_type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     if not isinstance(module, _RECURRENT):
-        score = getattr(module, "score", "additive")
+        score: Any = getattr(module, "score", "additive")
+        if isinstance(module, Attention) and module._calls_a_layer():
+            score = "dot"  # what is left: the energies are its mask
         return select.Request(score, dtype, device_type, "attend", device_index=index).located()
     hidden: Any = module.hidden_size
     return select.Request(_cell(module), dtype, device_type, "layer", hidden, resets, index).located()
@@ -130,16 +125,38 @@ def _sizes(module: Any, input: Any) -> tuple[int, int]:
     return (int(batch), int(time)) if module.batch_first else (int(time), int(batch))
 
 
-def _asked(module: nn.Module, inputs: tuple[Any, ...], grad: bool) -> tuple[bool, bool, bool, bool]:
-    """What `hand_over.attend_reason` wants to know of a call."""
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, PackedSequence):
+        return [tree.data]
+    if isinstance(tree, (tuple, list)):
+        return [tensor for each in tree for tensor in _tensors(each)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def _arguments(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     given = inspect.signature(module.forward).bind_partial(*inputs)
     given.apply_defaults()
-    asked = given.arguments
+    return given.arguments
+
+
+def _is_for_torch(module: MultiheadAttention, inputs: tuple[Any, ...]) -> bool:
+    """What its forward asks first."""
+    asked = _arguments(module, inputs)
+    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "is_causal")
+    return len(inputs) >= 3 and module._is_for_torch(*(asked[name] for name in names))
+
+
+def _asked(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[bool, bool, bool, bool]:
+    """What `hand_over.attend_reason` wants to know of a call."""
+    asked = _arguments(module, inputs)
     masked = any(asked.get(name) is not None for name in ("mask", "attn_mask", "key_padding_mask"))
+    masked = masked or (isinstance(module, Attention) and module._calls_a_layer())
     # forms that carry their weights from step to step have no such argument
     weights = asked.get("need_weights", asked.get("return_attention_scores", True))
-    plain, ragged = not weights and not grad, asked.get("lengths") is not None
-    size: Any = getattr(module, "memory_size", 0)
-    if isinstance(module, nn.MultiheadAttention):
-        plain, size = not weights and not (masked and grad), module.head_dim
-    return plain, masked, ragged, size <= hand_over.SMALL_HEAD
+    # the projection behind the attend is none of its tensors
+    own = [p for name, p in module.named_parameters() if not name.startswith("out_proj.")]
+    plain = not weights and not differentiated((*_tensors(inputs), *own))
+    size: Any = (
+        module.head_dim if isinstance(module, MultiheadAttention) else getattr(module, "memory_size", 0)
+    )
+    return plain, masked, asked.get("lengths") is not None, size <= hand_over.SMALL_HEAD

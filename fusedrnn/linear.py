@@ -38,7 +38,17 @@ def projected(layer: nn.Module, input: Tensor) -> Tensor:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is a Linear, and no more happens when it is called."""
-    return type(layer) is nn.Linear and not (
+    return type(layer) is nn.Linear and not _is_watched(layer)
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Whether calling a layer is the product of its weight, parametrized or not, and no more happens."""
+    is_linear = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return is_linear and not _is_watched(layer)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return bool(
         layer._forward_pre_hooks
         or layer._forward_hooks
         or layer._backward_hooks

@@ -1,7 +1,8 @@
-"""Tables and progress of the command line: rich on a terminal that has it, plain text elsewhere."""
+"""Numbers, tables and progress of the command line: rich on a terminal that has it, plain text elsewhere."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,31 @@ _STYLES = {"ok": "green", "available": "green", "RED": "bold red", "missing": "r
 
 def _console() -> Any:
     """A rich console, or None: what is piped stays plain and does not depend on what is installed."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():  # None: the process began with it closed
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
     return Console()
+
+
+def size(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer greater than zero, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, not negative, got {text!r}")
+    return value
 
 
 def heading(text: str) -> None:

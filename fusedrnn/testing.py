@@ -9,7 +9,9 @@ For tensors computed some other way there are :func:`check` and, for a single on
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ __all__ = [
     "Parity", "Row", "assert_parity", "check", "compare", "draw_inputs", "parity", "poison", "rounding",
     "stock",
 ]  # fmt: skip
+
+Found = dict[str, Tensor | None]
 
 STOCK = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
 
@@ -131,9 +135,11 @@ def parity(
 ) -> Parity:
     """Compare ``module`` with ``reference`` under the budget of :func:`check`.
 
-    Compared are the outputs, and with ``gradients`` the gradient of every floating input and of
-    every parameter that requires one, for random gradients of all outputs. ``module`` runs on
-    poisoned buffers (:func:`poison`). Neither module is changed, nor is the random state.
+    Compared are the outputs (tensors, or tuples, lists, dicts and dataclasses of them) and with ``gradients``
+    the gradient of every floating input and of every parameter that requires one, for random gradients of all
+    outputs. ``module`` runs on poisoned buffers (:func:`poison`). Each run has inputs of its own; one that
+    ``module`` overwrites and ``reference`` does not is red. Neither module is changed, nor are the inputs or
+    the random state.
 
     Args:
         module: the module under test, on the backend in force.
@@ -147,17 +153,18 @@ def parity(
         seed: of the inputs that are drawn, of the output gradients, and of each run (dropout).
 
     Raises:
-        TypeError: ``module`` is not a recurrent module, and ``reference`` or ``inputs`` is missing.
+        TypeError: ``module`` is not a recurrent module, and ``reference`` or ``inputs`` is missing; or an
+            output is none of the above, or holds no tensor.
     """
     reference = stock(module) if reference is None else reference
     inputs = draw_inputs(module, seed=seed) if inputs is None else inputs
     if not isinstance(inputs, tuple) or isinstance(inputs, PackedSequence):
         inputs = (inputs,)
-    named = inspect.signature(reference.forward).bind(*inputs).arguments
+    named = _by_name(reference, inputs)
 
-    exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), Tensor.double)
+    exact, widened = copy.deepcopy(reference).double().cpu(), _map(_on_cpu(named), _widened)
 
-    def own(which: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    def own(which: nn.Module, arguments: dict[str, Any]) -> tuple[Found, set[str]]:
         # also under enable(), which sends stock modules to the kernels
         with use_backend("torch"), warnings.catch_warnings(), _cudnn(not second_order):
             warnings.simplefilter("ignore")  # of torch about its own path, such as lacking oneDNN
@@ -165,8 +172,12 @@ def parity(
 
     with torch.random.fork_rng(devices={p.device for p in module.parameters() if p.is_cuda}):
         with poison():
-            ours = _run(module, named, gradients, second_order, seed)
-        return check(ours, own(reference, named), lambda: own(exact, widened))
+            ours, written = _run(module, named, gradients, second_order, seed)
+        theirs, written_too = own(reference, named)
+        rows = check(ours, theirs, lambda: own(exact, widened)[0]).rows
+    note = "overwritten by the call, as torch's is not"
+    changed = [Row(name, math.inf, 0.0, 0.0, note=note) for name in sorted(written - written_too)]
+    return Parity((*rows, *changed))
 
 
 def assert_parity(
@@ -186,51 +197,130 @@ def assert_parity(
 
 
 def _run(
+    module: nn.Module, given: dict[str, Any], gradients: bool, second_order: bool, seed: int
+) -> tuple[Found, set[str]]:
+    """Every tensor to compare, by name, and the names of the inputs that the run has overwritten."""
+    wanted = gradients or second_order
+    inputs = _map(given, lambda t: _copied(t).requires_grad_(wanted and t.is_floating_point()))
+    with _buffers_kept(module):
+        found = _computed(module, inputs, gradients, second_order, seed)
+    pairs = zip(_leaves(inputs), _leaves(given))
+    return found, {name for (name, after), (_, before) in pairs if not _same(after, before)}
+
+
+def _computed(
     module: nn.Module, inputs: dict[str, Any], gradients: bool, second_order: bool, seed: int
-) -> dict[str, Tensor | None]:
-    """Every tensor to compare, by name."""
+) -> Found:
     torch.manual_seed(seed)
     wanted = gradients or second_order
-    # detached, not cloned: strides and overlaps are part of the input
-    inputs = _map(inputs, lambda t: t.detach().requires_grad_(wanted))
     with torch.set_grad_enabled(wanted):
-        outputs = dict(_named(module(*inputs.values()), "output"))
-    found: dict[str, Tensor | None] = {**outputs}
+        result = module(*inputs.values())
+    outputs = dict(_named(result, "output", strict=True))
+    if not outputs:
+        raise TypeError(f"output: expected a tensor, or some in a container, got {type(result).__name__}")
+    found: Found = {**outputs}
     if not wanted:
         return found
 
-    leaves = [leaf for name, value in inputs.items() for leaf in _named(value, name)]
+    leaves = [(name, t) for name, t in _leaves(inputs) if t.is_floating_point()]
     leaves += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     tensors = [leaf for _, leaf in leaves]
     make = torch.Generator().manual_seed(seed + 2)
     # small integers are exact in every dtype: the oracle sees the same numbers
     pull = [torch.randint(-4, 5, t.shape, generator=make).to(t) for t in outputs.values()]
     kept = [(t, g) for t, g in zip(outputs.values(), pull) if t.requires_grad]
-    first = torch.autograd.grad(
-        [t for t, _ in kept], tensors, [g for _, g in kept], create_graph=second_order, allow_unused=True
-    )
+    first: Sequence[Tensor | None] = [None] * len(tensors)
+    if kept:
+        first = torch.autograd.grad(
+            [t for t, _ in kept], tensors, [g for _, g in kept], create_graph=second_order, allow_unused=True
+        )
     if gradients:
         found |= {f"grad {name}": g for (name, _), g in zip(leaves, first)}
     if second_order:
         squares = [g.double().square().sum() for g in first if g is not None and g.requires_grad]
-        second = torch.autograd.grad(torch.stack(squares).sum().sqrt(), tensors, allow_unused=True)
+        second: Sequence[Tensor | None] = [None] * len(tensors)
+        if squares:
+            second = torch.autograd.grad(torch.stack(squares).sum().sqrt(), tensors, allow_unused=True)
         found |= {f"second {name}": g for (name, _), g in zip(leaves, second)}
     return found
 
 
-def _named(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The floating tensors of a nested value, each with its path."""
+def _named(tree: Any, name: str, strict: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested value, each with its path; ``strict`` refuses what might hide one."""
+    parts: dict[str, Any] = {}
     if isinstance(tree, PackedSequence):
-        yield from _named(tree.data, f"{name}.data")
+        parts = {".data": tree.data}
     elif isinstance(tree, Tensor):
-        if tree.is_floating_point():
-            yield name, tree
+        if strict and tree.is_complex():
+            raise TypeError(f"{name}: expected a tensor of real numbers, got {tree.dtype}")
+        yield name, tree
     elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _named(value, f"{name}[{key!r}]")
+        parts = {f"[{key!r}]": value for key, value in tree.items()}
     elif isinstance(tree, (tuple, list)):
-        for i, value in enumerate(tree):
-            yield from _named(value, f"{name}[{i}]")
+        parts = {f"[{i}]": value for i, value in enumerate(tree)}
+    elif _is_dataclass(tree):
+        parts = {f".{field.name}": getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    elif strict and not isinstance(tree, (type(None), bool, int, float, str)):
+        expected = "a tensor, or tuples, lists, dicts or dataclasses of them"
+        raise TypeError(f"{name}: expected {expected}, got {type(tree).__name__}")
+    for path, value in parts.items():
+        yield from _named(value, name + path, strict)
+
+
+def _by_name(module: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments by their names; those of ``*args`` by number."""
+    signature = inspect.signature(module.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*inputs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}[{i}]": each for i, each in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
+def _is_dataclass(tree: Any) -> bool:
+    return dataclasses.is_dataclass(tree) and not isinstance(tree, type)
+
+
+def _leaves(inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [leaf for name, value in inputs.items() for leaf in _named(value, name)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A detached copy: strides, overlaps and alignment are part of the input."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return tensor.clone()
+    size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+    lead = offset % 64
+    span = 1 + sum((n - 1) * step for n, step in zip(size, stride))
+    flat = tensor.as_strided((lead + span,), (1,), offset - lead).clone()
+    return flat.as_strided(size, stride, lead)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back what a run makes of buffers, such as the statistics of BatchNorm."""
+    before = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, values in before:
+            if not _same(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+            if part._buffers.get(name) is not buffer:
+                part._buffers[name] = buffer
 
 
 @contextmanager
@@ -246,18 +336,28 @@ def _cudnn(allowed: bool) -> Iterator[None]:
 
 
 def _on_cpu(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, (Tensor, PackedSequence)) else leaf, tree)
+    moved = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, PackedSequence) else leaf, tree)
+    return _map(moved, Tensor.cpu)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to the floating tensors of a nested value."""
+    """Apply a function to the tensors of a nested value."""
     if isinstance(tree, PackedSequence):
         return tree._replace(data=_map(tree.data, function))
     if isinstance(tree, Tensor):
-        return function(tree) if tree.is_floating_point() else tree
+        return function(tree)
     if isinstance(tree, dict):
         return {key: _map(value, function) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
         mapped = [_map(value, function) for value in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else type(tree)(mapped)
+    if _is_dataclass(tree):
+        made = copy.copy(tree)
+        for field in dataclasses.fields(tree):  # a frozen one too
+            object.__setattr__(made, field.name, _map(getattr(tree, field.name), function))
+        return made
     return tree

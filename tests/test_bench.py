@@ -13,7 +13,7 @@ import torch
 
 from fusedrnn.__main__ import main
 from fusedrnn.backends import native
-from fusedrnn.bench import ceilings, goals
+from fusedrnn.bench import ceilings, command, goals
 from fusedrnn.bench.cases import Case
 from fusedrnn.bench.ceilings import Ceilings
 from fusedrnn.bench.goals import Goal
@@ -71,6 +71,47 @@ def test_a_red_case_is_not_timed(red: None, tmp_path: Path, capsys: pytest.Captu
     assert record["ratio"] is None
     assert not record["parity"]["ok"]
     assert "RED output[0]: error 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--time", "0"], "--time: expected an integer greater than zero, got '0'"),
+        (["--hidden", "64", "0"], "--hidden: expected an integer greater than zero, got '0'"),
+        (["--hidden", "-3"], "--hidden: expected an integer greater than zero, got '-3'"),
+        (["--batch", "1.5"], "--batch: expected an integer greater than zero, got '1.5'"),
+        (["--seconds", "-1"], "--seconds: expected a number of seconds, not negative, got '-1'"),
+        (["--seconds", "nan"], "--seconds: expected a number of seconds, not negative, got 'nan'"),
+        (["--deadline", "soon"], "--deadline: expected a number of seconds, not negative, got 'soon'"),
+        (["--json", "/nowhere/out.json"], "--json: cannot write /nowhere/out.json: No such file"),
+        (["--json", "."], "--json: cannot write .: it is a directory"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    option: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *option])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_check_of_the_file_leaves_it_alone(tmp_path: Path) -> None:
+    file, part = tmp_path / "out.json", tmp_path / "out.part"
+    command._check_file(command._parser(), file)
+    assert not list(tmp_path.iterdir())
+    part.write_text("of a run that was cut off")
+    command._check_file(command._parser(), file)
+    assert part.read_text() == "of a run that was cut off"
+
+
+@pytest.mark.parametrize("argv", [["--full", "--hidden", "3"], ["--deadline", "0"]])
+def test_nothing_measured_is_no_success(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *SMALL[:2], *argv, "--json", str(tmp_path / "out.json")]) == 2
+    assert "no case was measured: " in capsys.readouterr().out
 
 
 def test_timing_takes_turns() -> None:

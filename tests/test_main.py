@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +57,53 @@ def test_the_demo_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = importlib.import_module("fusedrnn.demo")
     monkeypatch.setattr(demo, "main", lambda argv: 7 if argv == ["--seconds", "1"] else 0)
     assert main(["demo", "--seconds", "1"]) == 7
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fusedrnn", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["doctor"], ["parity", "--backend", "reference", "--cell", "AdditiveAttention"]],
+)
+def test_a_reader_who_leaves_is_no_error(argv: list[str]) -> None:
+    process = start(*argv)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_doctor_without_a_standard_output() -> None:
+    command = f"exec {sys.executable} -m fusedrnn doctor >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode == (0 if native.unavailable() is None else 1)
+
+
+@pytest.mark.slow
+def test_an_interrupted_bench_leaves_what_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    sizes = map(str, range(8, 400))
+    argv = ["--cell", "gru", "--batch", "1", "--time", "3", "--seconds", "0.1", "--json", str(file)]
+    process = start("bench", *argv, "--hidden", *sizes, cwd=tmp_path)
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said
+    assert json.loads(file.read_text())["results"]
 
 
 # ---- doctor ------------------------------------------------------------------------------------

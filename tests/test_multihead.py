@@ -129,6 +129,24 @@ def test_a_row_masked_whole_is_zero(need_weights, training, kind):
         torch.testing.assert_close(fused(x, x, x, mask, need_weights)[0], output)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_empty_batch(layout, options):
+    stock, fused = pair(layout, **OPTIONS[options])
+    inputs = laid(
+        layout, *(torch.randn(t, 0, n).double() for t, n in ((L, E), (S, stock.kdim), (S, stock.vdim)))
+    )
+    padding, mask = torch.zeros(0, S, dtype=torch.bool), torch.zeros(L, S, dtype=torch.bool)
+    agree(stock, fused, inputs, key_padding_mask=padding)
+    agree(stock, fused, inputs, key_padding_mask=padding, attn_mask=mask)
+    expected, _ = stock(*inputs)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found, weights = fused(*inputs, padding, need_weights=False)
+            assert weights is None
+            torch.testing.assert_close(found, expected)
+
+
 def test_dropout_is_reproducible_and_only_in_training():
     stock, fused = pair("batch_first", dropout=0.5)
     inputs = drawn(stock, "batch_first")

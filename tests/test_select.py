@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -293,7 +294,11 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.zeros(2, 3, 96)
     assert explain(fusedrnn.LuongAttention(96, 96, "dot"), wide, wide, None, None, True).backend == "native"
     multihead = fusedrnn.MultiheadAttention(4, 2)
-    assert explain(multihead, query, query, query, query > 0).backend == "native"
+    padding = torch.zeros(3, 2, dtype=torch.bool)
+    assert explain(multihead, query, query, query, padding).backend == "native"
+    assert explain(multihead, query, query, query, padding > 0, False).backend == "native"
+    with torch.no_grad():
+        assert "scaled_dot_product" in explain(multihead, query, query, query, padding, False).why
     assert "matrix products" in explain(multihead, query, query, query).why
     with torch.no_grad():
         assert explain(multihead, query, query, query, None, False).backend == "torch"
@@ -304,6 +309,66 @@ def test_explain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     select.no_kernel.cache_clear()
     choice = explain(fusedrnn.BahdanauAttention(4, 4, 6), query, memory)
     assert (choice.backend, choice.why_not["native"]) == ("torch", "has no attend kernels")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backend of every attend that ran; torch.nn's own forward of MultiheadAttention counts as torch."""
+    seen: list[str] = []
+    module = importlib.import_module("fusedrnn.attend")
+    chosen, forward = module._chosen, nn.MultiheadAttention.forward
+    monkeypatch.setattr(
+        nn.MultiheadAttention, "forward", lambda *args: seen.append("torch") or forward(*args)
+    )
+
+    def spy(*args: Any) -> str:
+        seen.append(chosen(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "_chosen", spy)
+    return seen
+
+
+X, CAUSAL = torch.randn(3, 6, 160), nn.Transformer.generate_square_subsequent_mask(6)
+PADDING = torch.zeros(3, 6, dtype=torch.bool)
+CALLS = {
+    "memory needs a gradient": ("dot", X, X.clone().requires_grad_()),
+    "no gradient": ("dot", X, X),
+    "query needs one": ("dot", X.clone().requires_grad_(), X),
+    "a mask needs one": ("dot", X, X, None, torch.zeros(3, 6, requires_grad=True)),
+    "a mask": ("dot", X, X, None, PADDING),
+    "lengths": ("dot", X, X, torch.tensor([6, 2, 3])),
+    "projected": ("dot", X, fusedrnn.modules.Memory(X, X.clone().requires_grad_())),
+    "causal": ("multihead", X, X, X, None, False, CAUSAL, True, True),
+    "causal by mask": ("multihead", X, X, X, None, False, CAUSAL, True, False),
+    "mixed masks": ("multihead", X, X, X, torch.zeros(3, 6), True, PADDING[:1].expand(6, 6)),
+    "two masks": ("multihead", X, X, X, PADDING, True, PADDING[:1].expand(6, 6)),
+    "padding": ("multihead", X, X, X, PADDING, False),
+    "weights": ("multihead", X, X, X),
+    "nothing": ("multihead", X, X, X, None, False),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("frozen", ["", "all", "all but the last"])
+@pytest.mark.parametrize("call", CALLS)
+def test_explain_says_what_runs(
+    call: str, frozen: str, grad: bool, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "against", lambda name, request: None)
+    monkeypatch.setattr(
+        fusedrnn.ops, "attend", lambda score, query, key, value, *_: (query @ key.mT @ value, query @ key.mT)
+    )
+    form, *inputs = CALLS[call]
+    module = fusedrnn.LuongAttention(160, 160, "dot")
+    if form == "multihead":
+        module = fusedrnn.MultiheadAttention(160, 2, batch_first=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen or (frozen != "all" and name.startswith("out_proj")))
+    with torch.set_grad_enabled(grad):
+        choice = explain(module, *inputs)
+        module(*inputs)
+    assert [choice.backend] == ran
 
 
 def test_what_waits_for_its_proof_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,9 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--memory", action="store_true", help="peak memory of a training step instead of times")
     what.add_argument("--loaded", action="store_true", help="slowdown beside a busy process per core")
     parser.add_argument("--cell", nargs="+", choices=CELLS, help="default: lstm gru rnn_tanh")
-    parser.add_argument("--hidden", nargs="+", type=int, metavar="H", help="default: 64 128 256 512")
-    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="default: 1 8 32")
-    parser.add_argument("--time", type=int, metavar="T", help=f"default: {TIME}")
+    parser.add_argument(
+        "--hidden", nargs="+", type=terminal.size, metavar="H", help="default: 64 128 256 512"
+    )
+    parser.add_argument("--batch", nargs="+", type=terminal.size, metavar="B", help="default: 1 8 32")
+    parser.add_argument("--time", type=terminal.size, metavar="T", help=f"default: {TIME}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32")
     parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="default: both")
     for layout, help in _LAYOUTS.items():
@@ -148,10 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=select.NAMES, help="default: the automatic choice")
     parser.add_argument(
-        "--seconds", type=float, help=f"per case, at least (default: {_SECONDS}; --full: {_SECONDS_FULL})"
+        "--seconds",
+        type=terminal.seconds,
+        help=f"per case, at least (default: {_SECONDS}; --full: {_SECONDS_FULL})",
     )
     parser.add_argument(
-        "--deadline", type=float, default=math.inf, metavar="SECONDS", help="begin no case after that"
+        "--deadline",
+        type=terminal.seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin no case after that",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--markdown", action="store_true", help="print the table for the README")
@@ -160,13 +168,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _grid(
     arguments: argparse.Namespace, seconds: float, device: Device, save: Callable[[Report], None]
-) -> bool:
-    """Time the cases and print them; whether all are within the error budget.
+) -> int:
+    """Time the cases and print them; 0, 1 if one is over the error budget, 2 when none was measured.
 
     What is known is saved after every case: one that hangs loses no other.
     """
     end = perf_counter() + arguments.deadline
     plan = _runnable(_plan(arguments), device)
+    if not plan:
+        print("no case was measured: none is what the arguments name")
+        return 2
     # equal cases of different lengths run the same kernels
     gate = cache(lambda case: prepare(case, device).parity())
     results: list[Result] = []
@@ -180,6 +191,9 @@ def _grid(
             results.append(_with_memory(result) if device.name == "cpu" else result)
             save(_report(results, found))
         found = found.best(device.ceilings())
+    if not results:
+        print("no case was measured: time ran out")
+        return 2
     left_out = [case.label for _, case in plan[len(results) :]]
     columns: Sequence[str] = COLUMNS
     rows: list[tuple[str, ...]] = [result.cells(found) for result in results]
@@ -204,7 +218,7 @@ def _grid(
     if arguments.markdown:
         print(f"\n{markdown(results)}")
     save(report)
-    return all(result.times for result in results)
+    return 0 if all(result.times for result in results) else 1
 
 
 def _runnable(plan: Sequence[tuple[str, AnyCase]], device: Device) -> list[tuple[str, AnyCase]]:
@@ -258,7 +272,7 @@ def _loaded(seconds: float) -> Report:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is asked for; 0, or 1 if a case is over the error budget."""
+    """Run what is asked for; 0, 1 if a case is over the error budget, 2 when none was measured."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.cases == "attention":
@@ -267,6 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(why_not)
     if arguments.device == "cuda":
         _check_gpu(parser, arguments)
+    if arguments.json:
+        _check_file(parser, arguments.json)
     seconds = arguments.seconds
     if seconds is None:
         seconds = _SECONDS_FULL if arguments.full or arguments.grid else _SECONDS
@@ -277,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     device = DEVICES[arguments.device]()
-    within = True
+    status = 0
     with select.use_backend(arguments.backend) if arguments.backend else nullcontext(), tf32(arguments.tf32):
         head = {
             **environment(shlex.join(["python", "-m", "fusedrnn", "bench", *(argv or [])]), device),
@@ -286,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def save(report: Report) -> None:
             if arguments.json:
-                part = arguments.json.with_suffix(".part")
+                part = _part(arguments.json)
                 part.write_text(lines({**head, **report}))
                 part.replace(arguments.json)  # whole at any moment
 
@@ -295,8 +311,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.loaded:
             save(_loaded(seconds))
         else:
-            within = _grid(arguments, seconds, device, save)
-    return 0 if within else 1
+            status = _grid(arguments, seconds, device, save)
+    return status
+
+
+def _part(file: Path) -> Path:
+    return file.with_suffix(".part")
+
+
+def _check_file(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Leave with an error where nothing can be written: not after what takes minutes."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(0, "it is a directory")
+        is_new = not _part(file).exists()
+        _part(file).open("a").close()
+        if is_new:
+            _part(file).unlink()
+    except OSError as error:
+        parser.error(f"--json: cannot write {file}: {error.strerror}")
 
 
 def _check_attention(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

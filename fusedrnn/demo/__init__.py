@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import terminal
 from . import activity
 from .compare import MissingPackage, Pair, interleave, largest_difference, require
 from .pinyin import BATCH, PinyinTagger, PinyinTask, agreement, heteronyms
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fusedrnn demo", description="Two trained models before and after replace()."
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of each timing (default: 3)")
+    parser.add_argument(
+        "--seconds", type=terminal.seconds, default=3.0, help="length of each timing (default: 3)"
+    )
     arguments = parser.parse_args(argv)
     try:
         require("rich", "rich")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend, check_dropout
-from .attention import check_size
+from .checks import check_size, check_tensor
 
 
 class AdditiveAttention(nn.Module):
@@ -68,16 +68,21 @@ class AdditiveAttention(nn.Module):
 
         Raises:
             ValueError: there are not 2 or 3 ``inputs``, or one has not 3 dimensions.
-            ValueError, RuntimeError, BackendError: as :func:`fusedrnn.attend`.
+            ValueError, RuntimeError, TypeError, BackendError: as :func:`fusedrnn.attend`, by name.
         """
+        if not isinstance(inputs, (list, tuple)):
+            raise TypeError(
+                f"inputs: expected [query, value] or [query, value, key], got {type(inputs).__name__}"
+            )
         if len(inputs) not in (2, 3):
             raise ValueError(f"inputs: expected [query, value] or [query, value, key], got {len(inputs)}")
         query, value = inputs[0], inputs[1]
         key = inputs[2] if len(inputs) == 3 else value
         for name, tensor in (("query", query), ("value", value), ("key", key)):
+            check_tensor(name, tensor)
             if tensor.dim() != 3:
                 raise ValueError(f"{name}: expected 3 dimensions [B, T, D], got shape {list(tensor.shape)}")
-        query_mask, value_mask = (None, None) if mask is None else (*mask, None)[:2]
+        query_mask, value_mask = _masks(mask, query, value)
         allowed = None if value_mask is None else value_mask[:, None, None, :]
         if use_causal_mask:
             ones = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
@@ -100,3 +105,26 @@ class AdditiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.size}, use_scale={self.scale is not None}, dropout={self.dropout}"
+
+
+def _masks(
+    mask: Sequence[Tensor | None] | None, query: Tensor, value: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both masks. Keras casts them to bool; attend would add a floating one to the scores."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, (list, tuple)):
+        raise TypeError(f"mask: expected [query_mask, value_mask], got {type(mask).__name__}")
+    if len(mask) not in (1, 2):
+        raise ValueError(f"mask: expected [query_mask, value_mask], got {len(mask)}")
+    query_mask, value_mask = (*mask, None)[:2]
+    for name, each, of in (("query_mask", query_mask, query), ("value_mask", value_mask, value)):
+        if each is None:
+            continue
+        check_tensor(name, each, "a tensor or None")
+        if each.dtype is not torch.bool:
+            raise ValueError(f"{name}: expected dtype torch.bool, got {each.dtype}")
+        batch, steps = of.shape[:2]
+        if tuple(each.shape) not in ((batch, steps), (1, steps)):
+            raise RuntimeError(f"{name}: expected shape [{batch}, {steps}], got {list(each.shape)}")
+    return query_mask, value_mask

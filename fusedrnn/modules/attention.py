@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attend import attend, attend_step, check_dropout
-from ..linear import is_plain, projected
+from ..linear import is_plain, is_product, projected
+from .checks import check_size, check_tensor, rows_of
 
 
 class Memory(NamedTuple):
@@ -80,6 +81,7 @@ class Attention(nn.Module):
             ValueError, RuntimeError, TypeError: as :func:`fusedrnn.attend`, naming the argument.
         """
         if isinstance(memory, Memory):
+            check_tensor("query", query)
             found = self._step(query, memory, lengths, mask, need_weights)
             if found is not None:
                 return found
@@ -99,6 +101,7 @@ class Attention(nn.Module):
             ValueError: ``memory`` has not 3 dimensions.
             RuntimeError: it has not M features.
         """
+        check_tensor("memory", memory, "a tensor or Memory")
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions [B, Tk, M], got shape {list(memory.shape)}")
         if memory.shape[-1] != self.memory_size:
@@ -120,14 +123,23 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         rows = query.shape[:-1]
         beams, steps = (*(1, 1)[: 4 - query.dim()], *rows[1:])
-        projected = self._project_query(query)
+        mask = None if mask is None else rows_of(mask, rows[0], beams, steps, value.shape[1])
+        score, v = self.score, None
+        if self._calls_a_layer():
+            score = "dot"
+            queries = query.reshape(rows[0], beams * steps, query.shape[-1])
+            asked, key, mask = self._energies_as_mask(queries, key, value, mask)
+        else:
+            projected = self._project_query(query)
+            asked, v = projected.reshape(rows[0], 1, beams * steps, projected.shape[-1]), self._scaled_v()
+            key = key.unsqueeze(1)
         context, weights = attend(
-            self.score,
-            projected.reshape(rows[0], 1, beams * steps, projected.shape[-1]),
-            key.unsqueeze(1),
+            score,
+            asked,
+            key,
             value.unsqueeze(1),
-            self._scaled_v(),
-            mask=None if mask is None else _rows_of(mask, beams, steps),
+            v,
+            mask=mask,
             lengths=lengths,
             scale=1 / self.temperature,
             dropout=self.dropout if self.training else 0.0,
@@ -136,6 +148,20 @@ class Attention(nn.Module):
         if weights is not None:
             weights = weights.reshape(*rows, weights.shape[-1])
         return context.reshape(*rows, context.shape[-1]), weights
+
+    def _energies_as_mask(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys whose score is zero, and a mask that adds the energies to it."""
+        energies = (self._energies(query, key, value) / self.temperature).unsqueeze(1)
+        batch, _, rows, keys = energies.shape
+        if mask is None:
+            mask = energies
+        elif mask.dtype is torch.bool:
+            mask = energies.masked_fill(~mask, -torch.inf)
+        else:
+            mask = energies + mask
+        return energies.new_zeros(batch, 1, rows, 1), energies.new_zeros(batch, 1, keys, 1), mask
 
     def _step(
         self,
@@ -160,7 +186,16 @@ class Attention(nn.Module):
         """All that `_project_query` and `_v` compute with; None if there is more to it."""
         return None
 
+    def _calls_a_layer(self) -> bool:
+        """Whether a user's layer, of which no kernel knows, has to see every pair of a query and a key."""
+        return False
+
+    def _energies(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """``[B, R, Q], [B, Tk, D], [B, Tk, M] -> [B, R, Tk]``, where :meth:`_calls_a_layer`."""
+        raise NotImplementedError
+
     def _check_query(self, query: Tensor) -> None:
+        check_tensor("query", query)
         if not 2 <= query.dim() <= 4:
             raise ValueError(
                 "query: expected 2 to 4 dimensions [B, Q], [B, Tq, Q] or [B, beams, Tq, Q], "
@@ -186,27 +221,6 @@ class Attention(nn.Module):
         said = f"{self.query_size}, {self.memory_size}"
         said += f", temperature={self.temperature}" if self.temperature != 1 else ""
         return said + (f", dropout={self.dropout}" if self.dropout else "")
-
-
-def check_size(name: str, size: Any) -> None:
-    if not isinstance(size, int):
-        raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-    if size <= 0:
-        raise ValueError(f"{name}: expected a size greater than zero, got {size}")
-
-
-def _rows_of(mask: Tensor, beams: int, steps: int) -> Tensor:
-    """A module's mask as attend's, whose queries are the steps of all beams."""
-    if not 2 <= mask.dim() <= 4:
-        raise ValueError(
-            "mask: expected 2 to 4 dimensions [B, Tk], [B, Tq, Tk] or [B, beams, Tq, Tk], "
-            f"got shape {list(mask.shape)}"
-        )
-    while mask.dim() < 4:
-        mask = mask.unsqueeze(1)
-    if mask.shape[1:3] != (1, 1):
-        mask = mask.expand(-1, beams, steps, -1)
-    return mask.flatten(1, 2).unsqueeze(1)
 
 
 class BahdanauAttention(Attention):
@@ -354,20 +368,35 @@ class LuongAttention(Attention):
             return query
         if self.v is None:
             return projected(self.W, query)
-        return F.linear(query, self.W.weight[:, : self.query_size])
+        return F.linear(query, self.W.weight[:, : self.query_size], self.W.bias)
 
     def _project_key(self, memory: Tensor) -> Tensor:
         if self.W is None or self.v is None:
             return memory
+        if not is_product(self.W):
+            return memory[..., :0]  # W wants a query beside it; no other key is of this size
         return F.linear(memory, self.W.weight[:, self.query_size :])
 
     def _v(self) -> Tensor | None:
         return self.v
 
+    def _calls_a_layer(self) -> bool:
+        return self.W is not None and self.v is not None and not is_product(self.W)
+
+    def _energies(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert self.W is not None
+        assert self.v is not None
+        if value.shape[0] != query.shape[0]:
+            raise RuntimeError(f"memory: expected a batch of {query.shape[0]} as query, got {value.shape[0]}")
+        queries = query.unsqueeze(2).expand(-1, -1, value.shape[1], -1)
+        memory = value.unsqueeze(1).expand(-1, query.shape[1], -1, -1)
+        hidden: Tensor = self.W(torch.cat([queries, memory], -1))
+        return hidden.tanh() @ self.v
+
     def _projection(self) -> Projection | None:
         if self.W is None or self.v is None or not is_plain(self.W):
             return None
-        return self.W.weight[:, : self.query_size], None, self.v, None
+        return self.W.weight[:, : self.query_size], self.W.bias, self.v, None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, score={self.kind!r}"

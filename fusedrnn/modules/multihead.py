@@ -140,7 +140,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, self.num_heads))
         if padding is not None:
-            padding = padding.view(batch, 1, 1, -1)
+            padding = padding.view(batch, 1, 1, padding.shape[-1])
         if mask is None or padding is None:
             either = padding if mask is None else mask
             return ~either if either is not None and either.dtype is torch.bool else either

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attend import attend
-from ..linear import projected
-from .attention import Attention, BahdanauAttention, Memory, check_size
+from ..linear import is_product, projected
+from .attention import Attention, BahdanauAttention, Memory
+from .checks import check_size, check_tensor, rows_of
 
 
 class Alignments(NamedTuple):
@@ -28,6 +29,7 @@ class Alignments(NamedTuple):
     def zeros(cls, memory: Tensor | Memory, beams: int | None = None) -> Alignments:
         """Before the first step over a memory ``[B, Tk, M]``."""
         value = memory.value if isinstance(memory, Memory) else memory
+        check_tensor("memory", value, "a tensor or Memory")
         batch, keys, _ = value.shape
         zeros = value.new_zeros((batch, keys) if beams is None else (batch, beams, keys))
         return cls(zeros, zeros)
@@ -125,6 +127,16 @@ class LocationSensitiveAttention(Attention):
                 ``processed_memory`` and the location term.
         """
         self._check_query(attention_hidden_state)
+        for name, tensor in (
+            ("memory", memory),
+            ("processed_memory", processed_memory),
+            ("attention_weights_cat", attention_weights_cat),
+        ):
+            check_tensor(name, tensor)
+        if mask is not None:
+            check_tensor("mask", mask, "a tensor or None")
+            if mask.dtype is not torch.bool:
+                raise ValueError(f"mask: expected dtype torch.bool, True at padding, got {mask.dtype}")
         key = processed_memory + self.location_layer(attention_weights_cat)
         allowed = None if mask is None else ~mask
         context, weights = self._attend(attention_hidden_state, key, memory, None, allowed, True)
@@ -140,6 +152,13 @@ class LocationSensitiveAttention(Attention):
     def _v(self) -> Tensor:
         return self.v.weight[0]
 
+    def _calls_a_layer(self) -> bool:
+        return not is_product(self.v)
+
+    def _energies(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        hidden = self._project_query(query).unsqueeze(2) + key.unsqueeze(1)
+        return self.v(hidden.tanh()).squeeze(-1)  # type: ignore[no-any-return]
+
 
 class CoverageAttention(BahdanauAttention):
     """v . tanh(W_q q + W_k k + w_c sum(a) + b), See et al. 2017, arXiv 1704.04368, equation 11.
@@ -154,7 +173,16 @@ class CoverageAttention(BahdanauAttention):
     def __init__(self, query_size: int, memory_size: int, hidden_size: int, **options: Any) -> None:
         super().__init__(query_size, memory_size, hidden_size, **options)
         self.coverage = nn.Parameter(torch.empty_like(self.v))
-        bound = hidden_size**-0.5
+        self._reset_coverage()
+
+    def reset_parameters(self) -> None:
+        """As :class:`BahdanauAttention`, and the coverage as v."""
+        super().reset_parameters()
+        if "coverage" in self._parameters:  # not yet where the constructor of the base class calls this
+            self._reset_coverage()
+
+    def _reset_coverage(self) -> None:
+        bound = self.coverage.shape[0] ** -0.5
         nn.init.uniform_(self.coverage, -bound, bound)
 
     def forward(  # type: ignore[override]
@@ -182,6 +210,7 @@ class CoverageAttention(BahdanauAttention):
             ValueError, RuntimeError, TypeError, BackendError: as :func:`fusedrnn.attend`.
         """
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
+        _check_state(self, query, memory, state)
         covered = _per_beam(state.cumulative).unsqueeze(-1) * self.coverage
         context, weights = _step(self, query, memory.key.unsqueeze(1) + covered, memory.value, lengths, mask)
         return context, weights, state.after(weights)
@@ -219,7 +248,7 @@ class ForwardAttention(BahdanauAttention):
             As :meth:`CoverageAttention.forward`.
         """
         memory = memory if isinstance(memory, Memory) else self.project_memory(memory)
-        _check_beams(self, query, _per_beam(state.previous).shape[1])
+        _check_state(self, query, memory, state)
         energies_only = Memory(memory.key, memory.value[..., :0])
         _, content = BahdanauAttention.forward(self, query, energies_only, lengths, mask, need_weights=True)
         assert content is not None
@@ -227,7 +256,7 @@ class ForwardAttention(BahdanauAttention):
         weights = (state.previous + moved) * content
         total = weights.sum(-1, keepdim=True)
         weights = weights / total.masked_fill(total == 0, 1)
-        context = (_per_beam(weights) @ memory.value).reshape(*query.shape[:-1], -1)
+        context = (_per_beam(weights) @ memory.value).reshape(*query.shape[:-1], memory.value.shape[-1])
         return context, weights, state.after(weights)
 
 
@@ -247,23 +276,33 @@ def _step(
     """Context and weights of one step whose keys [B, beams, Tk, H] each beam has for itself."""
     rows = query.shape[:-1]
     beams = key.shape[1]
-    _check_beams(attention, query, beams)
     context, weights = attend(
         "additive",
-        attention._project_query(query).reshape(rows[0], beams, 1, -1),
+        attention._project_query(query).reshape(rows[0], beams, 1, key.shape[-1]),
         key,
         value.unsqueeze(1).expand(-1, beams, -1, -1),
         attention._scaled_v(),
-        mask=None if mask is None else _per_beam(mask).unsqueeze(2),
+        mask=None if mask is None else rows_of(mask, rows[0], 1, beams, key.shape[2]).transpose(1, 2),
         lengths=lengths,
         dropout=attention.dropout if attention.training else 0.0,
         need_weights=True,
     )
     assert weights is not None
-    return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, -1)
+    return context.reshape(*rows, value.shape[-1]), weights.reshape(*rows, key.shape[-2])
 
 
-def _check_beams(attention: BahdanauAttention, query: Tensor, beams: int) -> None:
+def _check_state(attention: BahdanauAttention, query: Tensor, memory: Memory, state: Alignments) -> None:
+    """Or a state that fits in size but not in layout would be broadcast, beams over sequences."""
     attention._check_query(query)
-    if query.dim() > 3 or query.shape[1:-1].numel() != beams:
-        raise RuntimeError(f"query: expected as many beams as state, {beams}, got shape {list(query.shape)}")
+    if not isinstance(state, Alignments):
+        raise TypeError(f"state: expected Alignments, got {type(state).__name__}")
+    if query.dim() > 3:
+        raise ValueError(f"query: expected [B, Q] or [B, beams, Q], got shape {list(query.shape)}")
+    wanted = [*query.shape[:-1], memory.key.shape[1]]
+    for name, tensor in zip(state._fields, state):
+        check_tensor(f"state.{name}", tensor)
+        if list(tensor.shape) != wanted:
+            raise RuntimeError(
+                f"state.{name}: expected shape {wanted} for query {list(query.shape)} and memory "
+                f"{list(memory.value.shape)}, got {list(tensor.shape)}"
+            )

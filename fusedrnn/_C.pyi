@@ -77,7 +77,7 @@ def stepper(
     shape: tuple[int, ...],
     output: int,
     layers: list[tuple[int, ...]],
-) -> Callable[[object, int], bool]: ...
+) -> Callable[[object, int, bool], bool | None]: ...
 def attend_forward(
     threads: int,
     score: int,

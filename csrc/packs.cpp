@@ -67,6 +67,13 @@ PyObject* forget(PyObject* number, PyObject* owner) {
   Py_RETURN_NONE;
 }
 
+void drop(PyObject* weight) {
+  const auto found = table().find(weight);
+  if (found == table().end()) return;
+  Py_DECREF(found->second.owner);
+  table().erase(found);
+}
+
 PyMethodDef forget_method = {"forget", forget, METH_O, nullptr};
 
 // The entry of a tensor, new where there is none or where it is another's who had the same place.
@@ -155,6 +162,7 @@ std::shared_ptr<const char> packed_once(const dlpack::Tensor& t, Packing packing
 }  // namespace fusedrnn
 
 void bind_packs(py::module_& m) {
+  m.def("forget_packs", [](py::handle weight) { fusedrnn::drop(weight.ptr()); }, "drops the packs of a weight, if there are any");
   m.def(
       "packs",
       [] {

@@ -19,6 +19,7 @@ from .operators import Grads, any_grad
 
 Optional = Tensor | None
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_NOTHING = torch.empty(0, device="cpu")
 # What a call may be of, with what a compiler has in a tensor's place.
 TENSORS = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 
@@ -31,7 +32,7 @@ class Recorded(Protocol):
     def constants(self) -> int: ...
 
     def forward(self, tensors: Sequence[Any], save: bool) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
-        """Outputs, and what the backward needs beyond inputs: some of the outputs may be among it."""
+        """Outputs, and what the backward needs beyond inputs: the first output first, if it does."""
 
     def backward(
         self,
@@ -112,10 +113,10 @@ class Fast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         output = outputs[0]
         ctx.writes = None
-        if any(t is output for t in saved):
+        if saved and saved[0] is output:
             # Whoever gets it may write into it, as into what torch's modules give back.
             ctx.writes, ctx.version = _counter_of(output), output._version
-            saved = [t.data if t is output else t for t in saved]
+            saved = [output.data, *saved[1:]]
         ctx.save_for_backward(*tensors, *saved)
         return outputs
 
@@ -138,7 +139,7 @@ class Fast(torch.autograd.Function):
 def _counter_of(tensor: Tensor) -> Tensor:
     """A tensor without memory whose version changes with every write into another one or a view of it."""
     counter = tensor.detach()
-    counter.data = tensor.new_empty(0)
+    counter.data = _NOTHING if tensor.is_cpu else tensor.new_empty(0)
     return counter
 
 
@@ -177,6 +178,8 @@ class _Transformable(torch.autograd.Function):
 
     @classmethod
     def _vmap(cls, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        if info.batch_size == 0:
+            raise RuntimeError("vmap: expected at least one sample, got a dimension of size 0")
         outs = [cls.apply(*sample) for sample in _samples(info, in_dims, args)]
         return tuple(torch.stack(column) for column in zip(*outs)), (0,) * len(outs[0])
 

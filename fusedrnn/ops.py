@@ -122,7 +122,7 @@ class _Layers:
         (*between, output), last, saved = layer_operator.launch_layers(
             input, weights, states, self.cell, self.layers, save and saving.saving()
         )
-        return (output, *last), [*between, output, *saved]
+        return (output, *last), [output, *between, *saved]
 
     def backward(
         self,
@@ -135,9 +135,10 @@ class _Layers:
         if differentiable:
             return self._differentiable(grads, tensors, needs)
         input, weights, states = layer_operator.split(tensors, self.n_weights)
+        outputs = [*saved[1 : self.layers], saved[0]]
         return layer_operator.launch_layers_backward(
-            grads[0], grads[1:], input, weights, states, saved[: self.layers], saved[self.layers :],
-            self.cell, self.layers, needs,
+            grads[0], grads[1:], input, weights, states, outputs, saved[self.layers :], self.cell,
+            self.layers, needs,
         )  # fmt: skip
 
     def _differentiable(

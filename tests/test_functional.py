@@ -235,8 +235,8 @@ class TestTorchRuns:
         functional.gru(*packed("gru"))
         functional.gru_cell(torch.randn(B, I).requires_grad_(), torch.randn(B, H), *weights("gru"))
         assert asked == [
-            ("lstm", "cpu", torch.float32, T, B, H, False, None),
-            ("gru", "cpu", torch.float32, T, B, H, False, None),
+            ("lstm", "cpu", torch.float32, T, B, H, False),
+            ("gru", "cpu", torch.float32, T, B, H, False),
             ("gru_cell", "cpu", torch.float32, 1, B, H, True, None),
         ]
 

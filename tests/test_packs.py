@@ -166,3 +166,21 @@ def test_eight_threads_at_once():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize("make", [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.GRUCell])
+def test_conversions_that_swap_tensors(make):
+    module = make(64, 64)
+    x = torch.randn(8, 64) if make is fusedrnn.GRUCell else torch.randn(3, 8, 64)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float64, torch.float32):
+            made = module(x)
+            (made if isinstance(made, torch.Tensor) else made[0]).sum().backward()
+            module.zero_grad()
+            del made
+            module.to(dtype)
+            x = x.to(dtype)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module(x)

@@ -11,11 +11,12 @@ from types import FunctionType
 from typing import Any
 
 # What the borrowed code looks up by name; tests/test_modules.py checks that nothing is missing.
-import torch  # noqa: F401
+import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence  # noqa: F401
 
 from .. import functional as _VF  # noqa: F401
+from ..backends import native
 
 
 def borrowed(forward: Callable[..., Any]) -> Any:
@@ -36,3 +37,17 @@ class Fused(nn.Module):
         shared = copy.copy(self)
         shared.__class__ = stock
         return shared
+
+    # torch.utils.swap_tensors refuses what there are weak references to, which tell of a weight's end.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._let_go()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._let_go()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _let_go(self) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            native.forget(self._parameters.values())

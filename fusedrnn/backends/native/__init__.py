@@ -6,6 +6,7 @@ are bf16. fp16 is computed in fp32 and rounded once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -37,6 +38,13 @@ def no_kernel(dtype: torch.dtype, device_type: str) -> str | None:
 def isa() -> str:
     """The instruction set in use: portable, avx2, avx512 or avx512bf16."""
     return _C.isa()
+
+
+def forget(weights: Iterable[Tensor | None]) -> None:
+    """Drop what is kept of these: their packs, and the weak references that come with them."""
+    if _C is not None:
+        for weight in weights:
+            _C.forget_packs(weight)
 
 
 def cpu_features() -> list[str]:

@@ -48,7 +48,7 @@ SOURCES = [
     *("csrc/layer.cpp", "csrc/stack.cpp", "csrc/linear.cpp", "csrc/packs.cpp"),
     *("csrc/attend.cpp", "csrc/attend_step.cpp"),
     *("csrc/cpu/dispatch.cpp", "csrc/cpu/step.cpp", "csrc/cpu/attend.cpp", "csrc/cpu/barrier.cpp"),
-    *("csrc/cpu/sharing.cpp", "csrc/cpu/team.cpp"),
+    *("csrc/cpu/level.cpp", "csrc/cpu/sharing.cpp", "csrc/cpu/team.cpp"),
     *("csrc/cpu/scan_portable.cpp", "csrc/cpu/attend_portable.cpp"),
 ]
 if platform.machine() in ("x86_64", "AMD64"):

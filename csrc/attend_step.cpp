@@ -135,7 +135,8 @@ bool read(const Reader& tensor, Step& step) {
   a.values = value.shape[2];
   a.steps = keys * a.width <= kMostKept;
   p.inputs = query.shape[query.ndim - 1];
-  if (query.ndim < 2 || query.shape[0] != a.batch || a.key.stride != a.width || p.rows == 0 || keys == 0 || a.width == 0) return false;
+  if (query.ndim < 2 || query.shape[0] != a.batch || a.key.stride != a.width) return false;
+  if (p.rows == 0 || keys == 0 || a.width == 0) return false;
   if (p.inputs != weight.shape[1] || p.outputs != a.width) return false;
   if (value.shape[0] != a.batch || value.shape[1] != a.keys || (a.values > 1 && value.strides[2] != 1)) return false;
   a.queries = p.rows / a.batch;

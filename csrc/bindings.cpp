@@ -63,7 +63,8 @@ PYBIND11_MODULE(_C, m) {
       "share_layer",
       [](int gates, int64_t time, int64_t batch, int64_t hidden, int64_t inputs, int directions, int threads) {
         const Shape shape{time, batch, hidden, hidden, time * batch, nullptr};
-        const LayerWork layer{shape, inputs, gates, directions, sizeof(float), kernels().f32.width, kernels().f32.rows[0]};
+        const auto& f = kernels().f32;
+        const LayerWork layer{shape, inputs, gates, directions, sizeof(float), f.width, f.rows[0]};
         const int members = share_layer(layer, threads).members;
         return py::make_tuple(members, members > 1 && choose_split(layer, members) == Split::kRows);
       },

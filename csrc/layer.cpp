@@ -27,38 +27,44 @@ struct Layers {
   int64_t runs() const { return layers * first.directions; }
 };
 
-Layers read_layers(PyObject* cell, PyObject* threads, PyObject* directions, PyObject* layers, const dlpack::Tensor& input,
-                   PyObject* batch_sizes, PyObject* weights, const dlpack::Tensor& state, PyObject* resets,
-                   const Tensors& tensors) {
+// What a forward and a backward are given of layers.
+struct Given {
+  PyObject *cell, *threads, *directions, *layers, *input, *batch_sizes, *weights, *states, *resets;
+};
+
+Layers read_layers(const Given& g, const Tensors& tensors) {
   Layers k{};
   Layer& l = k.first;
-  l.cell = cell_of(cell);
-  l.threads = integer(threads);
-  l.directions = integer(directions);
-  k.layers = integer(layers);
+  l.cell = cell_of(g.cell);
+  l.threads = integer(g.threads);
+  l.directions = integer(g.directions);
+  k.layers = integer(g.layers);
   if (l.directions != 1 && l.directions != 2) throw std::invalid_argument("directions: expected 1 or 2");
-  const bool plain = l.directions == 1 && batch_sizes == Py_None && resets == Py_None;
-  if (k.layers < 1 || (k.layers > 1 && !plain)) throw std::invalid_argument("layers: expected 1, or dense ones of one direction");
-  k.weights = items_of(weights);
+  const bool plain = l.directions == 1 && g.batch_sizes == Py_None && g.resets == Py_None;
+  if (k.layers < 1 || (k.layers > 1 && !plain)) {
+    throw std::invalid_argument("layers: expected 1, or dense ones of one direction");
+  }
+  k.weights = items_of(g.weights);
   k.each = k.weights.count / k.runs();
   if (k.each < 2 || k.each > 5) throw std::invalid_argument("weights: expected 2 to 5 per direction");
   for (int i = 0; i < l.directions; ++i) l.weights[i] = weights_of(k.weights.items + i * k.each, k.each, tensors);
+  const auto input = tensors.view(g.input), state = tensors.view(items_of(g.states).items[0]);
   l.inputs = input.shape[input.ndim - 1];
   l.input = input.data;
   Shape& s = l.shape;
   s.batch = state.shape[1];
   s.proj = state.shape[2];
   s.hidden = l.weights[0].hh.t.shape[0] / l.gates();
-  if (batch_sizes == Py_None) {
+  if (g.batch_sizes == Py_None) {
     s.time = input.shape[0];
     s.rows = s.time * input.shape[1];
   } else {
-    const auto sizes = tensors.view(batch_sizes);
+    const auto sizes = tensors.view(g.batch_sizes);
     s.batch_sizes = static_cast<const int64_t*>(sizes.data);
     s.time = sizes.shape[0];
     s.rows = input.shape[0];
   }
-  if (resets != Py_None) l.resets = static_cast<const bool*>(tensors.view(resets).data);
+  if (g.resets != Py_None) l.resets = static_cast<const bool*>(tensors.view(g.resets).data);
   return k;
 }
 
@@ -85,7 +91,7 @@ py::object forward_of(const Layers& k, bool save, PyObject* input, const dlpack:
   T* state[2] = {};
   void* last_at[2] = {};
   std::vector<py::object> outputs, last, saved;
-  for (int i = 0; i < kStates[first.cell]; ++i) {
+  for (int i = 0; i < first.traits().states; ++i) {
     const int64_t length = k.layers * k.state_size(i);
     last.push_back(tensors.make(input, {k.runs(), s.batch, k.columns(i)}, last_at[i]));
     state[i] = kWidens ? held.take<T>(length) : static_cast<T*>(last_at[i]);
@@ -103,8 +109,8 @@ py::object forward_of(const Layers& k, bool save, PyObject* input, const dlpack:
       const auto keep = [&](int64_t columns, void*& data) {
         saved.push_back(tensors.make(input, {l.directions, s.rows, columns}, data, kWidens));
       };
-      if (kSavesGates[l.cell]) keep(l.gates() * s.hidden, gates);
-      if (kExtras[l.cell]) keep(s.hidden, extra);
+      if (l.traits().saves_gates) keep(l.gates() * s.hidden, gates);
+      if (l.traits().has_extra) keep(s.hidden, extra);
       if (l.weights[0].hr.object) keep(s.hidden, raw);
     }
     T* const start[2] = {state[0] + i * k.state_size(0), state[1] ? state[1] + i * k.state_size(1) : nullptr};
@@ -122,25 +128,27 @@ py::object forward_of(const Layers& k, bool save, PyObject* input, const dlpack:
     run_beside(k.layers * first.work(), [&] { run_stack<S>(table, first.cell, all.data(), k.layers, first.threads); });
   }
   if (kWidens) {
-    for (int i = 0; i < kStates[first.cell]; ++i) convert(state[i], static_cast<S*>(last_at[i]), k.layers * k.state_size(i));
+    for (int i = 0; i < first.traits().states; ++i) {
+      convert(state[i], static_cast<S*>(last_at[i]), k.layers * k.state_size(i));
+    }
   }
   return py::make_tuple(list_of(outputs), list_of(last), list_of(saved));
 }
 
-// layer_forward(cell, threads, directions, layers, save, input, batch_sizes, weights, states, resets) -> (the output of
-// each layer, last states, what each has saved): docs/architecture.md, "The layer". Everything is contiguous, and of
-// fp32, fp64 or bf16. Weights and states are those of all layers, whose number is 1 unless they are dense and of one
-// direction, without resets.
+// layer_forward(*Argument) -> (the output of each layer, last states, what each has saved): docs/architecture.md, "The
+// layer". Everything is contiguous, and of fp32, fp64 or bf16. Weights and states are those of all layers, whose number
+// is 1 unless they are dense and of one direction, without resets.
 py::object layer_forward(PyObject* const* args) {
+  enum { kCell, kThreads, kDirections, kLayers, kSave, kInput, kBatchSizes, kWeights, kStates, kResets };
   const Tensors& tensors = Tensors::found();
-  PyObject* const input = args[5];
-  const auto x = tensors.view(input);
-  const Items states = items_of(args[8]);
-  const Layers k = read_layers(args[0], args[1], args[2], args[3], x, args[6], args[7], tensors.view(states.items[0]),
-                               args[9], tensors);
+  const Layers k = read_layers({args[kCell], args[kThreads], args[kDirections], args[kLayers], args[kInput],
+                                args[kBatchSizes], args[kWeights], args[kStates], args[kResets]},
+                               tensors);
+  const auto x = tensors.view(args[kInput]);
   py::object result;
   for_storage(storage_of(x), [&](auto s) {
-    result = forward_of<decltype(s)>(k, integer(args[4]) != 0, input, x, states, tensors);
+    using S = decltype(s);
+    result = forward_of<S>(k, integer(args[kSave]) != 0, args[kInput], x, items_of(args[kStates]), tensors);
   });
   return result;
 }
@@ -158,7 +166,10 @@ void check_weight(const Layers& k, Py_ssize_t i, const Tensors& tensors) {
   const int64_t rows = k.first.gates() * s.hidden, kind = i % k.each;
   const bool is_last_of_odd = k.each % 2 == 1 && kind == k.each - 1;
   const int64_t inputs = i < k.first.directions * k.each ? k.first.inputs : s.proj;
-  const int64_t size = is_last_of_odd ? s.proj * s.hidden : kind == 0 ? rows * inputs : kind == 1 ? rows * s.proj : rows;
+  const int64_t size = is_last_of_odd ? s.proj * s.hidden
+                       : kind == 0    ? rows * inputs
+                       : kind == 1    ? rows * s.proj
+                                      : rows;
   tensors.kept<S>(k.weights.items[i], size);
 }
 
@@ -178,7 +189,7 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
   T* d_state[2] = {};
   std::vector<py::object> d_inputs, d_weights, d_states;
   const Items needs_states = items_of(needs.items[2]);
-  for (int i = 0; i < kStates[first.cell]; ++i) {
+  for (int i = 0; i < first.traits().states; ++i) {
     const int64_t n = k.layers * k.state_size(i);
     if (needs_states.items[i] == Py_True) {
       void* data;
@@ -221,7 +232,7 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
   const S* d_output = g.grad_output == Py_None ? nullptr : tensors.kept<S>(g.grad_output, output_size);
   const auto initial = [&](int i) { return tensors.kept<S>(states.items[i], k.layers * k.state_size(i)); };
   const S* initial0 = initial(0);
-  const T* initial1 = kStates[first.cell] < 2 ? nullptr : held.widened<S>(initial(1), k.layers * k.state_size(1));
+  const T* initial1 = first.traits().states < 2 ? nullptr : held.widened<S>(initial(1), k.layers * k.state_size(1));
   const Py_ssize_t saves = saved.count / k.layers;
   // Gradients of what goes from layer to layer: where one has read what another writes next, as in the forward.
   S* between[2] = {};
@@ -232,8 +243,8 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
     const Layer l = k.layer(layer, from, tensors);
     PyObject* const* next = saved.items + layer * saves;
     const auto values = [&](int64_t columns) { return tensors.kept<T>(*next++, l.directions * s.rows * columns); };
-    const T* gates = kSavesGates[l.cell] ? values(l.gates() * s.hidden) : nullptr;
-    const T* extra = kExtras[l.cell] ? values(s.hidden) : nullptr;
+    const T* gates = l.traits().saves_gates ? values(l.gates() * s.hidden) : nullptr;
+    const T* extra = l.traits().has_extra ? values(s.hidden) : nullptr;
     const T* raw = l.weights[0].hr.object ? values(s.hidden) : nullptr;
     const S* output = tensors.kept<S>(outputs.items[layer], output_size);
     for (int i = 0; i < l.directions; ++i) {
@@ -282,15 +293,18 @@ py::object backward_of(const Layers& k, const Gradients& g, const dlpack::Tensor
   return py::make_tuple(list_of(d_inputs), list_of(d_weights), list_of(d_states));
 }
 
-// layer_backward(cell, threads, directions, layers, input, batch_sizes, weights, states, outputs, saved, grad_output,
-// grad_last, needs, resets) -> gradients of the input, one per direction, if it is needed, of the weights, and of the
+// layer_backward(*Argument) -> gradients of the input, one per direction, if it is needed, of the weights, and of the
 // states; of bf16 the latter two are fp32. Everything is contiguous, and as in layer_forward.
 py::object layer_backward(PyObject* const* args) {
+  enum { kCell, kThreads, kDirections, kLayers, kInput, kBatchSizes, kWeights, kStates, kOutputs, kSaved, kGradOutput,
+         kGradLast, kNeeds, kResets };
   const Tensors& tensors = Tensors::found();
-  const Gradients g{args[4], args[7], args[8], args[9], args[10], args[11], args[12]};
+  const Gradients g{args[kInput],      args[kStates],   args[kOutputs], args[kSaved],
+                    args[kGradOutput], args[kGradLast], args[kNeeds]};
+  const Layers k = read_layers({args[kCell], args[kThreads], args[kDirections], args[kLayers], args[kInput],
+                                args[kBatchSizes], args[kWeights], args[kStates], args[kResets]},
+                               tensors);
   const auto x = tensors.view(g.input);
-  const Layers k = read_layers(args[0], args[1], args[2], args[3], x, args[5], args[6],
-                               tensors.view(items_of(g.states).items[0]), args[13], tensors);
   py::object result;
   for_storage(storage_of(x), [&](auto s) { result = backward_of<decltype(s)>(k, g, x, tensors); });
   return result;

@@ -7,9 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells/table.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 #include "fast_call.h"
@@ -20,13 +18,6 @@ namespace fusedrnn {
 namespace {
 
 namespace py = pybind11;
-
-template <class Cell>
-constexpr bool kOwnExtra = Cell::kExtra != Extra::kNone;
-constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
-constexpr int kStates[kCells] = {RnnTanh::kStates, RnnRelu::kStates, Lstm::kStates, Gru::kStates};
-constexpr bool kSavesGates[kCells] = {RnnTanh::kSavesGates, RnnRelu::kSavesGates, Lstm::kSavesGates, Gru::kSavesGates};
-constexpr bool kExtras[kCells] = {kOwnExtra<RnnTanh>, kOwnExtra<RnnRelu>, kOwnExtra<Lstm>, kOwnExtra<Gru>};
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 
@@ -116,7 +107,8 @@ struct Layer {
   Weights weights[2];
   const bool* resets;
 
-  int64_t gates() const { return kGates[cell]; }
+  const CellTraits& traits() const { return kTraits[cell]; }
+  int64_t gates() const { return traits().gates; }
   int64_t work() const { return directions * shape.rows * gates() * shape.hidden * (inputs + shape.proj); }
 };
 

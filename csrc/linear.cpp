@@ -33,20 +33,22 @@ bool read_sizes(const dlpack::Tensor& x, const dlpack::Tensor& weight, Sizes& s)
 // linear_forward(threads, x [..., I], weight [O, I], bias [O] or None, whether a packed weight is kept) -> [..., O],
 // or None.
 py::object forward(PyObject* const* args) {
+  enum { kThreads, kX, kWeight, kBias, kKeep };
   const Tensors& tensors = Tensors::found();
-  const int threads = integer(args[0]);
+  const int threads = integer(args[kThreads]);
   dlpack::Tensor x, weight, bias;
   Sizes s;
-  if (!read_plain(args[1], tensors, x) || !read_plain(args[2], tensors, weight) || !read_sizes(x, weight, s)) return py::none();
+  if (!read_plain(args[kX], tensors, x) || !read_plain(args[kWeight], tensors, weight)) return py::none();
+  if (!read_sizes(x, weight, s)) return py::none();
   LinearForward l{s.rows, s.inputs, s.outputs, static_cast<const float*>(x.data), nullptr, nullptr, nullptr};
-  if (args[3] != Py_None) {
-    if (!read_plain(args[3], tensors, bias) || !is_vector(bias, s.outputs)) return py::none();
+  if (args[kBias] != Py_None) {
+    if (!read_plain(args[kBias], tensors, bias) || !is_vector(bias, s.outputs)) return py::none();
     l.bias = static_cast<const float*>(bias.data);
   }
-  const auto pack = args[4] == Py_True ? packed(args[2], weight, Packing::kRows, 1, threads, false)
-                                       : packed_once(weight, Packing::kRows, 1, threads);
+  const auto pack = args[kKeep] == Py_True ? packed(args[kWeight], weight, Packing::kRows, 1, threads, false)
+                                           : packed_once(weight, Packing::kRows, 1, threads);
   l.weight = reinterpret_cast<const float*>(pack.get());
-  const auto out = tensors.make_like(args[1], x, s.outputs, l.out);
+  const auto out = tensors.make_like(args[kX], x, s.outputs, l.out);
   const Kernels& k = kernels();
   {
     const py::gil_scoped_release release;
@@ -55,28 +57,34 @@ py::object forward(PyObject* const* args) {
   return out;
 }
 
-// linear_backward(threads, d_out [..., O], x, weight, whether d_x, d_weight, d_bias are needed) -> those, None where not.
+// linear_backward(threads, d_out [..., O], x, weight, whether d_x, d_weight, d_bias are needed) -> those, None where
+// not.
 py::object backward(PyObject* const* args) {
+  enum { kThreads, kOut, kX, kWeight, kNeedsX, kNeedsWeight, kNeedsBias };
   const Tensors& tensors = Tensors::found();
-  const int threads = integer(args[0]);
+  const int threads = integer(args[kThreads]);
   dlpack::Tensor d_out, x, weight;
   Sizes s;
-  if (!read_plain(args[1], tensors, d_out) || !read_plain(args[2], tensors, x) || !read_plain(args[3], tensors, weight)) return py::none();
+  if (!read_plain(args[kOut], tensors, d_out) || !read_plain(args[kX], tensors, x)) return py::none();
+  if (!read_plain(args[kWeight], tensors, weight)) return py::none();
   if (!read_sizes(x, weight, s) || count_of(d_out) != s.rows * s.outputs) return py::none();
-  const Buffer panels = allocate(std::max(threads, 1) * panel_scratch(sizeof(float)) * static_cast<int64_t>(sizeof(float)));
-  LinearBackward l{s.rows, s.inputs, s.outputs, static_cast<const float*>(x.data), static_cast<const float*>(d_out.data),
-                   nullptr, nullptr, nullptr, nullptr, reinterpret_cast<float*>(panels.get())};
+  const int64_t panel_bytes = panel_scratch(sizeof(float)) * static_cast<int64_t>(sizeof(float));
+  const Buffer panels = allocate(std::max(threads, 1) * panel_bytes);
+  LinearBackward l{s.rows, s.inputs, s.outputs};
+  l.x = static_cast<const float*>(x.data);
+  l.d_out = static_cast<const float*>(d_out.data);
+  l.panels = reinterpret_cast<float*>(panels.get());
   py::object made[3] = {py::none(), py::none(), py::none()};
   std::shared_ptr<const char> pack;
-  if (args[4] == Py_True) {
+  if (args[kNeedsX] == Py_True) {
     pack = packed_once(weight, Packing::kColumns, 1, threads);
     l.weight = reinterpret_cast<const float*>(pack.get());
-    made[0] = tensors.make_like(args[2], x, s.inputs, l.d_x);
+    made[0] = tensors.make_like(args[kX], x, s.inputs, l.d_x);
   }
-  if (args[5] == Py_True) made[1] = tensors.make_like(args[3], weight, s.inputs, l.d_weight);
-  if (args[6] == Py_True) {
+  if (args[kNeedsWeight] == Py_True) made[1] = tensors.make_like(args[kWeight], weight, s.inputs, l.d_weight);
+  if (args[kNeedsBias] == Py_True) {
     void* data;
-    made[2] = tensors.make(args[3], {s.outputs}, data);
+    made[2] = tensors.make(args[kWeight], {s.outputs}, data);
     l.d_bias = static_cast<float*>(data);
   }
   const Kernels& k = kernels();

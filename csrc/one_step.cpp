@@ -2,9 +2,7 @@
 // time is mostly the call. It reads the weights where they lie, so that nothing can be out of date.
 #include <pybind11/pybind11.h>
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells/table.h"
 #include "cpu/attend_run.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
@@ -16,10 +14,8 @@ using namespace fusedrnn;
 
 namespace {
 
-constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
-constexpr int kStates[kCells] = {RnnTanh::kStates, RnnRelu::kStates, Lstm::kStates, Gru::kStates};
-
-enum Argument { kCell, kThreads, kIsLayer, kInput, kHidden, kMemory, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kArguments };
+enum Argument { kCell, kThreads, kIsLayer, kInput, kHidden, kCellState, kWeightIh, kWeightHh, kBiasIh, kBiasHh,
+                kArguments };
 
 bool same_rows(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   if (a.ndim != b.ndim) return false;
@@ -64,14 +60,14 @@ bool read(int cell, bool is_layer, PyObject* const* args, Step& step) {
   if (step.h.rows != u.rows || step.input.ndim != step.hidden.ndim) return false;
   if (is_layer ? step.hidden.shape[0] != 1 : !same_rows(step.input, step.hidden)) return false;
   u.h = static_cast<const float*>(step.hidden.data);
-  if ((args[kMemory] != Py_None) != (kStates[cell] == 2)) return false;
-  if (kStates[cell] == 2) {
+  if ((args[kCellState] != Py_None) != (kTraits[cell].states == 2)) return false;
+  if (kTraits[cell].states == 2) {
     int64_t rows;
-    if (!read_tensor(args[kMemory], other) || !read_rows(other, rows, u.c_stride)) return false;
+    if (!read_tensor(args[kCellState], other) || !read_rows(other, rows, u.c_stride)) return false;
     if (!same_rows(other, step.hidden) || other.shape[other.ndim - 1] != u.hidden) return false;
     u.c = static_cast<const float*>(other.data);
   }
-  const int64_t inputs = step.input.shape[step.input.ndim - 1], gates = kGates[cell] * u.hidden;
+  const int64_t inputs = step.input.shape[step.input.ndim - 1], gates = kTraits[cell].gates * u.hidden;
   if (u.rows == 0 || u.hidden == 0 || inputs == 0) return false;
   step.x.rows = u.rows;
   step.x.x = static_cast<const float*>(step.input.data);
@@ -95,7 +91,7 @@ py::object one_step(PyObject* const* args) {
   int results = 0;
   if (is_layer) made[results++] = tensors.make_like(args[kInput], step.input, u.hidden, u.output);
   made[results++] = tensors.make_like(args[kHidden], step.hidden, u.hidden, u.h_new);
-  if (u.c) made[results++] = tensors.make_like(args[kMemory], step.hidden, u.hidden, u.c_new);
+  if (u.c) made[results++] = tensors.make_like(args[kCellState], step.hidden, u.hidden, u.c_new);
   const int64_t gates = step.x.outputs;
   const Buffer scratch = allocate(2 * u.rows * gates * sizeof(float));
   u.x_gates = step.x.out = reinterpret_cast<float*>(scratch.get());

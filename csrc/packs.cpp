@@ -162,7 +162,9 @@ std::shared_ptr<const char> packed_once(const dlpack::Tensor& t, Packing packing
 }  // namespace fusedrnn
 
 void bind_packs(py::module_& m) {
-  m.def("forget_packs", [](py::handle weight) { fusedrnn::drop(weight.ptr()); }, "drops the packs of a weight, if there are any");
+  m.def(
+      "forget_packs", [](py::handle weight) { fusedrnn::drop(weight.ptr()); },
+      "drops the packs of a weight, if there are any");
   m.def(
       "packs",
       [] {

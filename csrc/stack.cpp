@@ -78,7 +78,7 @@ bool read_stack(PyObject* const* args, const Tensors& tensors, Stack& k) {
   const Py_ssize_t least = has_biases ? 4 : 2;
   if (k.params.count != runs * k.each || k.each < least || k.each > least + 1) return false;
   dlpack::Tensor t;
-  const int64_t gates = kGates[k.cell];
+  const int64_t gates = kTraits[k.cell].gates;
   if (!plain(k.params.items[1], storage, 2, tensors, t) || t.shape[0] == 0 || t.shape[0] % gates != 0) return false;
   s.hidden = t.shape[0] / gates;
   s.proj = t.shape[1];
@@ -100,10 +100,10 @@ bool read_stack(PyObject* const* args, const Tensors& tensors, Stack& k) {
   k.has_states = args[kHx] != Py_None;
   if (!k.has_states) return true;
   PyObject* const lone[1] = {args[kHx]};
-  const Items states = kStates[k.cell] == 1     ? Items{lone, 1}
+  const Items states = kTraits[k.cell].states == 1     ? Items{lone, 1}
                        : is_list(args[kHx]) ? items_of(args[kHx])
                                             : Items{nullptr, 0};
-  if (states.count != kStates[k.cell]) return false;
+  if (states.count != kTraits[k.cell].states) return false;
   for (int i = 0; i < states.count; ++i) {
     dlpack::Tensor& state = k.states[i];
     if (!plain(states.items[i], storage, 3, tensors, state)) return false;
@@ -139,13 +139,13 @@ py::object results_of(const Stack& k, PyObject* input, const Tensors& tensors) {
   void* output;
   const auto made = s.batch_sizes ? tensors.make(input, {s.rows, width}, output)
                                   : tensors.make(input, {s.time, s.batch, width}, output);
-  py::tuple result(1 + kStates[k.cell]);
+  py::tuple result(1 + kTraits[k.cell].states);
   result[0] = made;
   T* state[2] = {};
   void* last[2] = {};
   const auto columns = [&](int i) { return i == 0 ? s.proj : s.hidden; };
   const auto length = [&](int i) { return k.layers * k.directions * s.batch * columns(i); };
-  for (int i = 0; i < kStates[k.cell]; ++i) {
+  for (int i = 0; i < kTraits[k.cell].states; ++i) {
     result[1 + i] = tensors.make(input, {k.layers * k.directions, s.batch, columns(i)}, last[i]);
     state[i] = kWidens ? held.take<T>(length(i)) : static_cast<T*>(last[i]);
     if (k.has_states) {
@@ -188,7 +188,7 @@ py::object results_of(const Stack& k, PyObject* input, const Tensors& tensors) {
     run_beside(work, [&] { run_stack<S>(table, k.cell, all.data(), k.layers, k.threads); });
   }
   if (kWidens) {
-    for (int i = 0; i < kStates[k.cell]; ++i) convert(state[i], static_cast<S*>(last[i]), length(i));
+    for (int i = 0; i < kTraits[k.cell].states; ++i) convert(state[i], static_cast<S*>(last[i]), length(i));
   }
   return std::move(result);
 }

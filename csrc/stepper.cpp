@@ -61,7 +61,9 @@ class Watch {
   bool read(const py::object& tensor, dlpack::Tensor& view) const { return api_->read(tensor.ptr(), &view) == 0; }
 
   static uint64_t content_of(const dlpack::Tensor& t) {
-    if (!is_contiguous(t)) throw std::invalid_argument("module: expected parameters made in inference mode to be contiguous");
+    if (!is_contiguous(t)) {
+      throw std::invalid_argument("module: expected parameters made in inference mode to be contiguous");
+    }
     const auto* data = static_cast<const char*>(t.data) + t.byte_offset;
     return run_fingerprint(kernels(), data, count_of(t) * (t.type_bits / 8), 1);
   }
@@ -187,5 +189,6 @@ void bind_stepper(py::module_& m) {
       .def(py::init<py::dict, const py::list&>())
       .def("changed", &Watch::changed)
       .def("spoil", &Watch::spoil);
-  m.def("stepper", &make_stepper, "stepper(watch, memory, cell, storage, batched, shape, output, layers) -> step(x, threads, anyway)");
+  m.def("stepper", &make_stepper,
+        "stepper(watch, memory, cell, storage, batched, shape, output, layers) -> step(x, threads, anyway)");
 }

@@ -116,8 +116,8 @@ class Tensors {
     return static_cast<const T*>(t.data);
   }
   [[noreturn]] static void mistaken() {
-    throw std::runtime_error("a saved tensor is not what forward saved: a hook of saved tensors has to give back its dtype, "
-                             "shape and device");
+    throw std::runtime_error(
+        "a saved tensor is not what forward saved: a hook of saved tensors has to give back its dtype, shape and device");
   }
 
   // A new tensor of these sizes, of another one's dtype or of fp32, and its memory; of zeros where that is asked for.

@@ -115,7 +115,8 @@ void run_attend(const Kernels& k, const AttendForward<S>& a, int threads) {
 
 void run_projection(const Kernels& k, const Projection& p, int threads) {
   const double work = kMultiplyAdd * double(p.rows) * double(p.inputs) * double(p.outputs);
-  in_team(worth_a_region(work, threads), [&](int me, int team) { k.attend.step.project(p, part_of(p.outputs, kPad, me, team)); });
+  in_team(worth_a_region(work, threads),
+          [&](int me, int team) { k.attend.step.project(p, part_of(p.outputs, kPad, me, team)); });
 }
 
 template <class S>

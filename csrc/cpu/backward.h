@@ -99,8 +99,9 @@ struct BackwardScan {
                                    int64_t unit_block, int64_t blocks, int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
     const int64_t block = gate_factors * W;
-    tile_for<Direct<S>, 1>(rows, blocks, s.batch == 1)(slab.end - slab.begin, factors(d_h_gates + b0 * stride) + slab.begin, stride / kPer, 1,
-                                 d.weight_hh + unit_block * block + slab.begin * W, block, acc);
+    const F* weight = d.weight_hh + unit_block * block + slab.begin * W;
+    tile_for<Direct<S>, 1>(rows, blocks, s.batch == 1)(
+        slab.end - slab.begin, factors(d_h_gates + b0 * stride) + slab.begin, stride / kPer, 1, weight, block, acc);
     store_tile(acc, rows, blocks, unit_block, P, Cell::kDirect || slab.begin > 0, d.d_state0 + b0 * P, P);
     if (slab.end < gate_factors) return;
     const int64_t u = unit_block * W, end = smaller(u + blocks * W, P);
@@ -114,8 +115,8 @@ struct BackwardScan {
                                    int64_t b0, int64_t rows) const {
     alignas(64) T acc[8 * 4 * W];  // [rows, blocks, W]
     const int64_t k = ceil_div(P, kPer), block = k * W, slot = now.row + b0 - c.span.row_begin;
-    tile_for<Direct<S>, 1>(rows, blocks, s.batch == 1)(k, factors(c.d_hidden + slot * hidden_stride), hidden_stride / kPer, 1,
-                                 d.weight_hr + unit_block * block, block, acc);
+    tile_for<Direct<S>, 1>(rows, blocks, s.batch == 1)(
+        k, factors(c.d_hidden + slot * hidden_stride), hidden_stride / kPer, 1, d.weight_hr + unit_block * block, block, acc);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < blocks; ++j) {
         const int64_t u = (unit_block + j) * W;

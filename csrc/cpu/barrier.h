@@ -6,7 +6,7 @@
 namespace fusedrnn {
 
 // One cache line: who arrives last has it already when it ends the round. With the round on a line of its own, or
-// with a line per member, two threads took 310 to 370 ns a round instead of 190 (docs/performance-cpu.md).
+// with a line per member, two threads took 310 to 370 ns a round instead of 190 (docs/performance-cpu-story.md).
 struct alignas(64) Barrier {
   std::atomic<int> missing{0};   // members that have yet to arrive in this round
   std::atomic<unsigned> round{0};

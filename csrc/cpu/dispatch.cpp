@@ -1,72 +1,19 @@
 #include "dispatch.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
-#include <stdexcept>
+#include <vector>
 
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
+#include "../cells/table.h"
 #include "barrier.h"
 #include "buffer.h"
 #include "sharing.h"
 #include "team.h"
+#include "wavefront.h"
 
 namespace fusedrnn {
 namespace {
-
-#if defined(__x86_64__) || defined(_M_X64)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-struct Level {
-  const Kernels* kernels;
-  bool supported;
-};
-
-const std::vector<Level>& levels() {
-  static const std::vector<Level> all = {
-      {&kPortableKernels, true},
-#if defined(__x86_64__) || defined(_M_X64)
-      {&kAvx2Kernels, has_avx2()},
-      {&kAvx512Kernels, has_avx512()},
-      {&kAvx512Bf16Kernels,
-       has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
-#endif
-  };
-  return all;
-}
-
-const Kernels& best() {
-  const Kernels* k = nullptr;
-  for (const Level& level : levels()) {
-    if (level.supported) k = level.kernels;
-  }
-  return *k;
-}
-
-const Kernels& named(const std::string& name, const char* argument) {
-  std::string known;
-  for (const Level& level : levels()) {
-    if (name == level.kernels->name) {
-      if (level.supported) return *level.kernels;
-      throw std::invalid_argument(std::string(argument) + ": this CPU cannot run " + name);
-    }
-    known += (known.empty() ? "" : ", ") + std::string(level.kernels->name);
-  }
-  throw std::invalid_argument(std::string(argument) + ": expected one of " + known + ", got '" + name + "'");
-}
-
-std::atomic<const Kernels*> current{nullptr};
 
 // f(direction, part) for every share of the work.
 template <class D, class F>
@@ -140,61 +87,6 @@ const Functions<Bf16>& functions_of<Bf16>(const Kernels& k) {
   return k.bf16;
 }
 
-}  // namespace
-
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> found;
-#if defined(__x86_64__) || defined(_M_X64)
-#define FUSEDRNN_FEATURE(name) \
-  if (__builtin_cpu_supports(name)) found.push_back(name);
-  FUSEDRNN_FEATURE("avx2")
-  FUSEDRNN_FEATURE("fma")
-  FUSEDRNN_FEATURE("f16c")
-  FUSEDRNN_FEATURE("avx512f")
-  FUSEDRNN_FEATURE("avx512bw")
-  FUSEDRNN_FEATURE("avx512dq")
-  FUSEDRNN_FEATURE("avx512vl")
-  FUSEDRNN_FEATURE("avx512bf16")
-  FUSEDRNN_FEATURE("avx512vnni")
-#undef FUSEDRNN_FEATURE
-  if (__builtin_cpu_is("amd")) found.push_back("amd");
-#endif
-  return found;
-}
-
-std::vector<std::string> supported_levels() {
-  std::vector<std::string> names;
-  for (const Level& level : levels()) {
-    if (level.supported) names.push_back(level.kernels->name);
-  }
-  return names;
-}
-
-void set_level(const std::string& name) { current.store(name.empty() ? &best() : &named(name, "isa")); }
-
-const Kernels& kernels() {
-  const Kernels* k = current.load(std::memory_order_relaxed);
-  if (k != nullptr) return *k;
-  const char* wanted = getenv("FUSEDRNN_ISA");
-  k = wanted != nullptr && *wanted != 0 ? &named(wanted, "FUSEDRNN_ISA") : &best();
-  current.store(k);
-  return *k;
-}
-
-namespace {
-
-struct Traits {
-  int gates;
-  bool splits;
-};
-template <class Cell>
-constexpr Traits traits_of = {Cell::kGates, Cell::kSplitGate >= 0};
-constexpr Traits kTraits[kCells] = {traits_of<RnnTanh>, traits_of<RnnRelu>, traits_of<Lstm>, traits_of<Gru>};
-
-}  // namespace
-
-namespace {
-
 // Scratch of some scans, with their initial states in it.
 template <class S>
 Buffer start(int cell, ForwardDirection<S>* directions, int count) {
@@ -220,64 +112,6 @@ LayerWork work_of(int cell, const D& direction, int directions, const Functions<
   return {direction.shape, direction.inputs, kTraits[cell].gates, directions, sizeof(S), f.width, tile_rows};
 }
 
-// How far the layers of a stack are: a thread takes any layer that nobody else is in and whose input is there.
-struct Layers {
-  static constexpr int kMost = 16;
-  struct alignas(64) Layer {
-    std::atomic<bool> taken{false};
-    std::atomic<int64_t> done{0};  // pieces
-  } layers[kMost];
-};
-
-// Time in pieces of at most so many steps, none of which goes on behind the end of a chunk.
-struct Pieces {
-  int64_t time, chunk, each;
-  int64_t per_chunk() const { return ceil_div(chunk, each); }
-  int64_t count() const { return time / chunk * per_chunk() + ceil_div(time % chunk, each); }
-  Part part(int64_t i, int64_t batch) const {
-    const int64_t of_chunk = i / per_chunk() * chunk, begin = of_chunk + i % per_chunk() * each;
-    return {0, batch, batch, 0, 1, nullptr, {0, 1, nullptr}, begin, std::min({begin + each, of_chunk + chunk, time})};
-  }
-};
-
-// Layers beside each other, in pieces, the last that can go on first: no thread waits for another at every step, as those
-// do that share the units of a layer. A piece, run(i, part), needs the i-1-th layer's; what finish(i, part) does to it is
-// for the i-th layer alone.
-template <class Run, class Finish>
-void run_wavefront(const Shape& s, int count, const Pieces& pieces, int threads, Run run, Finish finish) {
-  const int64_t all = pieces.count();
-  Layers progress;
-  std::atomic<int64_t> left{count * all};
-  const auto make_a_piece = [&] {
-    for (int i = count - 1; i >= 0; --i) {
-      auto& mine = progress.layers[i];
-      const auto ready = [&](int64_t piece) {
-        return piece < all && (i == 0 || progress.layers[i - 1].done.load(std::memory_order_acquire) > piece);
-      };
-      if (!ready(mine.done.load(std::memory_order_relaxed)) || mine.taken.exchange(true, std::memory_order_acquire)) continue;
-      const int64_t piece = mine.done.load(std::memory_order_relaxed);
-      const bool found = ready(piece);  // nobody has made it meanwhile
-      if (found) {
-        const Part part = pieces.part(piece, s.batch);
-        run(i, part);
-        mine.done.store(piece + 1, std::memory_order_release);
-        finish(i, part);
-        left.fetch_sub(1, std::memory_order_release);
-      }
-      mine.taken.store(false, std::memory_order_release);
-      if (found) return true;
-    }
-    return false;
-  };
-  in_team(threads, std::min(threads, count), [&](int, int) {
-    while (left.load(std::memory_order_acquire) > 0) {
-      if (make_a_piece()) continue;
-      Wait wait;
-      while (left.load(std::memory_order_acquire) > 0 && !make_a_piece()) wait.once();
-    }
-  });
-}
-
 // The steps of a piece where layers run beside each other; 0 where one after the other, each shared out, is faster, and
 // where a layer's weights are more than a core holds.
 int64_t steps_of_piece(const LayerWork& layer, int count, int threads) {
@@ -285,7 +119,7 @@ int64_t steps_of_piece(const LayerWork& layer, int count, int threads) {
   constexpr double kWorthAPiece = 5.6e5;
   const Shape& s = layer.shape;
   const int team = std::min(threads, count);
-  if (team <= 1 || count > Layers::kMost || s.batch_sizes != nullptr || !stays_in_own_cache(layer)) return 0;
+  if (team <= 1 || count > Wavefront::kMost || s.batch_sizes != nullptr || !stays_in_own_cache(layer)) return 0;
   // Enough rows for the product of the inputs, and pieces enough to keep all threads at work.
   const int64_t steps = std::max(ceil_div(12, std::max<int64_t>(s.batch, 1)), s.time / 16);
   const double work = layer.of_direction();
@@ -325,8 +159,8 @@ template <class S>
 Buffer start(int cell, BackwardDirection<S>* directions, int count, int threads) {
   using T = Acc<S>;
   const Shape& s = directions[0].shape;
-  const auto [gates, splits] = kTraits[cell];
-  const int64_t elements = backward_scratch(s, sizeof(T), gates, splits, directions[0].weight_hr != nullptr,
+  const CellTraits& traits = kTraits[cell];
+  const int64_t elements = backward_scratch(s, sizeof(T), traits.gates, traits.splits, directions[0].weight_hr != nullptr,
                                             Storage<S>::kPerFactor > 1, std::max(threads, 1));
   Buffer scratch = allocate(elements * count * static_cast<int64_t>(sizeof(T)));
   for (int d = 0; d < count; ++d) directions[d].scratch = reinterpret_cast<T*>(scratch.get()) + d * elements;

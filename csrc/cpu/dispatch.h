@@ -1,22 +1,13 @@
-// What bindings.cpp calls: the ISA level, the split over threads, and a few helpers.
+// Kernels on teams of threads: layers, stacks of them, projections, packs and hashes.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include <string>
-#include <utility>
-#include <vector>
-
+#include "level.h"
 #include "scan.h"
 
 namespace fusedrnn {
-
-std::vector<std::string> cpu_features();
-std::vector<std::string> supported_levels();  // worst first
-// The level in use: the best, or what FUSEDRNN_ISA or set_level asked for.
-const Kernels& kernels();                     // throws std::invalid_argument on a bad FUSEDRNN_ISA
-void set_level(const std::string& name);      // "" is automatic; throws std::invalid_argument
 
 template <class S>
 void run_forward(const Kernels& k, int cell, ForwardDirection<S>* directions, int count, int threads);

@@ -1,7 +1,7 @@
 // How many threads work on something, and what each of them gets.
 //
 // Costs are multiply-adds of a large product that a thread makes in the time. Those of two threads are measured
-// (docs/performance-cpu.md); how they grow with more is an estimate: members arrive at a barrier one after the other.
+// (docs/performance-cpu-story.md); how they grow with more is an estimate: members arrive at a barrier one after the other.
 #pragma once
 
 #include "scan.h"

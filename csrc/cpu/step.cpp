@@ -4,9 +4,7 @@
 
 #include <algorithm>
 
-#include "../cells/gru.h"
-#include "../cells/lstm.h"
-#include "../cells/rnn.h"
+#include "../cells/table.h"
 #include "barrier.h"
 #include "scan.h"
 #include "sharing.h"
@@ -14,8 +12,6 @@
 
 namespace fusedrnn {
 namespace {
-
-constexpr int64_t kGates[kCells] = {RnnTanh::kGates, RnnRelu::kGates, Lstm::kGates, Gru::kGates};
 
 void run_layers(const StepPlan& p, const StepRows& input, const StepPart& part, Barrier* barrier) {
   const StepFunctions& f = p.kernels->step[p.storage];
@@ -60,7 +56,7 @@ int64_t step_work(const StepPlan& p) {
   const StepShape& s = p.shape;
   int64_t per_row = 0;
   for (const StepLayer& layer : p.layers) {
-    per_row += kGates[p.cell] * s.hidden * (layer.inputs + s.proj) + (layer.raw ? s.proj * s.hidden : 0);
+    per_row += kTraits[p.cell].gates * s.hidden * (layer.inputs + s.proj) + (layer.raw ? s.proj * s.hidden : 0);
   }
   return per_row * s.batch;
 }

@@ -3,9 +3,9 @@
 //
 // A row becomes integers of 32 bits times a power of two, x = s (2^24 d3 + 2^16 d2 + 2^8 d1 + d0) with signed
 // bytes d: values down to 1/128 of the row's largest are exact. So are sums of integers. (Three bytes are not
-// enough: an error of 2^-24 of the largest value in each small one was over the error budget.) vpdpbusd takes one factor unsigned, so
-// weights are stored as w + 128, in fours, [ceil(k/4)][G][W][4], and sums start from -128 times those of the
-// digits; they may wrap around on the way, as they do not at the end.
+// enough: an error of 2^-24 of the largest value in each small one was over the error budget.) vpdpbusd takes one
+// factor unsigned, so weights are stored as w + 128, in fours, [ceil(k/4)][G][W][4], and sums start from -128 times
+// those of the digits; they may wrap around on the way, as they do not at the end.
 #pragma once
 
 #include "step_kernel.h"

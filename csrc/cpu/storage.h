@@ -59,8 +59,9 @@ struct BFloat16 : Widened {
   }
 };
 
-// Integers w from -127 to 127, in pairs as well, where the CPU multiplies no bytes (else: step_digits.h). The vectors hold 65536 w, so that a shift and a mask
-// are enough here too; the scale that multiplies the sum is the row's over 65536.
+// Integers w from -127 to 127, in pairs as well, where the CPU multiplies no bytes (else: step_digits.h). The vectors
+// hold 65536 w, so that a shift and a mask are enough here too; the scale that multiplies the sum is the row's over
+// 65536.
 struct Int8 : Widened {
   using Element = int8_t;
   static constexpr int kTogether = 2;

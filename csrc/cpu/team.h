@@ -20,7 +20,9 @@ class Crowd {
   // Of so many threads, those that a call takes.
   int size(int threads, int64_t now) const;
   // Whether members should say how long they had no core.
-  bool is_careful() const { return careful_.load(std::memory_order_relaxed) > 0 || shrunk_.load(std::memory_order_relaxed) > 0; }
+  bool is_careful() const {
+    return careful_.load(std::memory_order_relaxed) > 0 || shrunk_.load(std::memory_order_relaxed) > 0;
+  }
   // A call that took so long, of which the first member waited for others for so long.
   void waited(int64_t length, int64_t lost);
   // A call whose members said that one of them had no core for so long.

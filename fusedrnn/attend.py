@@ -228,12 +228,12 @@ def _check(
     if (v is not None) != SCORES[score].weighted:
         raise ValueError(f"v: expected {'a tensor [D]' if v is None else 'None'} for score {score!r}")
     if v is not None:
-        _check_tensor("v", v)
+        check_tensor("v", v)
         if v.shape != (size,):
             raise RuntimeError(f"v: expected shape [{size}] as query has it, got {list(v.shape)}")
         _check_like("v", v, query)
     if mask is not None:
-        _check_tensor("mask", mask)
+        check_tensor("mask", mask)
         if mask.dim() != 4:
             raise ValueError(
                 f"mask: expected 4 dimensions [B or 1, N or 1, Tq or 1, Tk], got shape {list(mask.shape)}"
@@ -261,13 +261,13 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
-def _check_tensor(name: str, tensor: Any) -> None:
+def check_tensor(name: str, tensor: Any, expected: str = "a tensor") -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
 
 
 def _check_rows(name: str, tensor: Tensor, layout: str) -> None:
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tensor.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {list(tensor.shape)}")
 

@@ -112,10 +112,10 @@ def test_what_is_quantized_runs(layer):
         state = fusedrnn.Alignments.zeros(memory).cat()
         return module(query, memory, module.memory_layer(memory), state)
 
-    expected = call(module)
-    torch.testing.assert_close(
-        call(torch.ao.quantization.quantize_dynamic(module, {nn.Linear})), expected, rtol=0.1, atol=0.1
-    )
+    # of equal weights these are 0.025 and 0.19 away
+    atol = {"W": 0.006, "v": 0.03}[layer]
+    quantized = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    torch.testing.assert_close(call(quantized), call(module), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "torch", "auto"])

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import attend, check_dropout
-from .checks import check_size, check_tensor
+from ..attend import attend, check_dropout, check_tensor
+from .checks import check_size
 
 
 class AdditiveAttention(nn.Module):

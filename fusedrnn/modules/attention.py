@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import attend, attend_step, check_dropout
+from ..attend import attend, attend_step, check_dropout, check_tensor
 from ..linear import is_plain, is_product, projected
-from .checks import check_size, check_tensor, rows_of
+from .checks import check_size, rows_of
 
 
 class Memory(NamedTuple):

@@ -6,17 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attend import check_tensor
+
 
 def check_size(name: str, size: Any) -> None:
     if not isinstance(size, int):
         raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
     if size <= 0:
         raise ValueError(f"{name}: expected a size greater than zero, got {size}")
-
-
-def check_tensor(name: str, tensor: Any, expected: str = "a tensor") -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
 
 
 def rows_of(mask: Tensor, batch: int, beams: int, steps: int, keys: int) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attend import attend
+from ..attend import attend, check_tensor
 from ..linear import is_product, projected
 from .attention import Attention, BahdanauAttention, Memory
-from .checks import check_size, check_tensor, rows_of
+from .checks import check_size, rows_of
 
 
 class Alignments(NamedTuple):

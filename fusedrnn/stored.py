@@ -142,7 +142,10 @@ def shared_pack(module: nn.Module, spec: Spec, storage: str) -> Pack:
     with _packing:
         mine = _packs.setdefault(module, WeakValueDictionary())
         pack = mine.get(storage)
-        if pack is None or pack.isa != native.isa() or pack.watch.changed():
+        if pack is not None and pack.watch.changed():
+            pack.watch.spoil()  # for good: nobody looks after it from here on
+            pack = None
+        if pack is None or pack.isa != native.isa():
             with torch.inference_mode(False), torch.no_grad():
                 pack = mine[storage] = _pack(module, spec, storage)
         return pack

@@ -89,6 +89,18 @@ def test_refresh_reaches_every_stepper_and_storage() -> None:
 
 
 @needs_native
+def test_a_parameter_that_was_away_when_it_changed() -> None:
+    module, x = nn.GRU(3, 4), torch.randn(2, 3)
+    old, other = module.weight_ih_l0, nn.Parameter(torch.randn(12, 3))
+    stepper, watcher = fusedrnn.streaming(module, 2), fusedrnn.streaming(module, 2)
+    module.weight_ih_l0 = other
+    watcher.step(x)
+    module.weight_ih_l0 = old
+    nudge(module, fused=True)
+    assert torch.equal(stepper.step(x), fusedrnn.streaming(copy.deepcopy(module), 2).step(x))
+
+
+@needs_native
 def test_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
         module = nn.GRUCell(3, 4)
